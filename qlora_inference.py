@@ -19,12 +19,14 @@ from qlora.cli import UsageError, UserError, note, parse, require, run
 
 def read_settings(argv: Sequence[str] | None) -> InferSettings:
     s = parse(InferSettings, argv, __doc__)
+    s.adapter = s.adapter or ("qlora-out",)
     require(s.temperature >= 0, f"--temperature {s.temperature}: 0 (greedy) or above")
     require(0 < s.top_p <= 1, f"--top-p {s.top_p}: above 0, at most 1")
     require(s.top_k >= 0, f"--top-k {s.top_k}: 0 (off) or above")
     require(s.max_new_tokens > 0, f"--max-new-tokens {s.max_new_tokens}: at least 1")
     require(s.batch_size > 0, f"--batch-size {s.batch_size}: at least 1")
     require(s.eval_samples > 0, f"--eval-samples {s.eval_samples}: at least 1")
+    require(0 <= s.seed < 2**32, f"--seed {s.seed}: between 0 and 2**32 - 1")
     require("none" not in s.adapter or len(s.adapter) == 1, "--adapter none: nothing else can be loaded with it")
     require(not (s.compare and s.adapter == ("none",)), "--compare: an --adapter is needed to compare with the base")
     require(s.prompt is None or s.prompt.strip() != "", "the prompt is empty")
@@ -66,7 +68,7 @@ def load(settings: InferSettings, adapters):
     from peft import PeftModel
 
     from qlora.adapters import check_base
-    from qlora.fast import speed_up
+    from qlora.fast import speed_up_base, speed_up_lora
     from qlora.hardware import detect
     from qlora.loading import default_model, first_line, load_base
 
@@ -77,6 +79,7 @@ def load(settings: InferSettings, adapters):
     base = load_base(name, precision, hardware)
     note(f"base       {name} as {precision} on {hardware.name}")
     model = base.model
+    speed_up_base(model)
     for adapter in adapters:
         warning = check_base(adapter, base.info)
         if warning:
@@ -86,13 +89,12 @@ def load(settings: InferSettings, adapters):
                 model = PeftModel.from_pretrained(model, adapter.folder, adapter_name=adapter.name)
             else:
                 model.load_adapter(str(adapter.folder), adapter_name=adapter.name)
-        except (RuntimeError, ValueError) as error:  # PEFT's words for matrices that do not fit
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:  # PEFT's words for what does not fit
             raise UserError(f"--adapter {adapter.folder} does not fit {name} ({first_line(error)})") from None
         note(f"adapter    {adapter.name}")
     if adapters:
         model.set_adapter(adapters[0].name)
-        if len(adapters) == 1 and not settings.merge:
-            speed_up(model)
+        speed_up_lora(model)
     return model.eval(), base, hardware
 
 
@@ -114,7 +116,7 @@ def to_ids(settings: InferSettings, adapter, base, text: str) -> list[int]:
         ids = p.render(base.tokenizer, [{"role": "user", "content": text}], True)
     limit = context_length(base.model)
     if len(ids) + settings.max_new_tokens > limit:
-        raise UserError(f"the prompt is {len(ids)} tokens; with --max-new-tokens {settings.max_new_tokens} that is over the {limit} that the model reads")
+        raise UserError(f"the prompt is {len(ids)} tokens; with --max-new-tokens {settings.max_new_tokens} that is over the {limit} that the model reads; shorten one of them")
     return ids
 
 
@@ -235,9 +237,9 @@ def chat(settings: InferSettings, adapters, model, base) -> None:
 def evaluate(settings: InferSettings, adapters, model, base, hardware) -> None:
     """Accuracy on held-out rows: those of the training run if it was the same dataset and seed."""
     from qlora import evaluation as e
+    from qlora.before_after import label_scores
     from qlora.data import load_rows, split
     from qlora.report import percent
-    from qlora_finetune import label_scores
 
     adapter = adapters[0] if adapters else None
     prompt = adapter.prompt if adapter else default_prompt()

@@ -47,9 +47,11 @@ def read_adapter(folder: Path) -> Adapter:
     if not (folder / WEIGHTS).is_file():
         pickles = [p.name for p in folder.glob("*.bin")]
         if pickles:
-            raise UserError(f"--adapter {folder}: only {pickles[0]}, a pickle, which can run code; it is not loaded")
-        raise UserError(f"--adapter {folder}: no {WEIGHTS} in it; the adapter is incomplete")
+            raise UserError(f"--adapter {folder}: only {pickles[0]}, a pickle, which can run code; it is not loaded: save it as safetensors")
+        raise UserError(f"--adapter {folder}: no {WEIGHTS} in it; the adapter is incomplete: train again or copy it again")
     config = _json(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"--adapter {folder}: {CONFIG} describes no LoRA adapter (peft_type {config.get('peft_type')}); train again or copy it again")
     check_weights(folder / WEIGHTS)
     if not (folder / NOTES).is_file():
         return Adapter(folder, config.get("base_model_name_or_path") or "", None, None, {})
@@ -62,7 +64,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def check_weights(path: Path) -> None:
-    """Refuse a file that is cut short, empty, all zero in B, or holds NaN or infinity."""
+    """Refuse a file that is cut short, empty, or holds NaN or infinity."""
     try:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
@@ -70,13 +72,13 @@ def check_weights(path: Path) -> None:
     except (SafetensorError, OSError) as error:
         raise UserError(f"--adapter {path.parent}: {path.name} is damaged or cut short ({error}); train again or copy it again") from None
     if not any(math.prod(t.shape) for t in tensors.values()):
-        raise UserError(f"--adapter {path.parent}: {path.name} holds no weights")
+        raise UserError(f"--adapter {path.parent}: {path.name} holds no weights; train again or copy it again")
     bad = [name for name, t in tensors.items() if not torch.isfinite(t.float()).all()]
     if bad:
         raise UserError(f"--adapter {path.parent}: NaN or infinity in {len(bad)} of {len(names)} matrices (first: {bad[0]}); the run diverged, lower --learning-rate")
 
 
-def check_base(adapter: Adapter, base: BaseInfo, folder_hint: str = "") -> str | None:
+def check_base(adapter: Adapter, base: BaseInfo) -> str | None:
     """Refuse a base with another architecture or other weights; returns a warning where only the precision differs."""
     trained = adapter.base
     if trained is None:
@@ -98,6 +100,6 @@ def check_base(adapter: Adapter, base: BaseInfo, folder_hint: str = "") -> str |
 
 def _json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path} is damaged: not valid JSON") from None
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged: not a JSON object; train again or copy it again") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import io
 import os
@@ -53,6 +54,7 @@ def one_line(boxed: str) -> str:
 
 def parse(kind: type[Settings], argv: Sequence[str] | None, description: str | None, default: Settings | None = None) -> Settings:
     """Settings of type `kind` from the command line; raises UsageError with one line, exits 0 after --help."""
+    refuse_long_dashes(kind, argv)
     captured = io.StringIO()
     extra = {} if default is None else {"default": default}
     try:
@@ -62,6 +64,15 @@ def parse(kind: type[Settings], argv: Sequence[str] | None, description: str | N
         if stop.code in (0, None):
             raise
         raise UsageError(one_line(captured.getvalue())) from None
+
+
+def refuse_long_dashes(kind: type, argv: Sequence[str] | None) -> None:
+    """'–samples': an editor made one dash out of two. Only names of flags are meant: a prompt may begin with a dash."""
+    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
+    for word in sys.argv[1:] if argv is None else argv:
+        meant = "--" + word.lstrip("–—-").split("=")[0].replace("_", "-")
+        if word[:1] in ("–", "—") and meant in flags:
+            raise UsageError(f"{word} begins with a long dash; type two short ones: {meant}")
 
 
 def require(condition: bool, message: str) -> None:
@@ -82,16 +93,24 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         sys.exit(1)
     except MemoryError:
         fail("out of memory: lower --batch-size or --max-length, or take a smaller --model", 1)
-    except RuntimeError as error:
-        if "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error):
-            raise
-        fail("out of memory: lower --batch-size or --max-length, add --gradient-checkpointing, or take a smaller --model", 1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        fail(f"{os.strerror(error.errno)}: {error.filename or 'while writing'}; what was complete before is untouched", 1)
+        fail(f"{os.strerror(error.errno)}: {error.filename or 'while writing'}; what was complete before is untouched, mend this and run again", 1)
+    except Exception as error:  # writers in Rust and C++ raise kinds of their own
+        if disk_full(error):
+            fail(f"{os.strerror(errno.ENOSPC)}: while writing; what was complete before is untouched, mend this and run again", 1)
+        if not isinstance(error, RuntimeError) or "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error):
+            raise
+        fail("out of memory: lower --batch-size or --max-length, add --gradient-checkpointing, or take a smaller --model", 1)
+
+
+def disk_full(error: Exception) -> bool:
+    """safetensors and tokenizers (Rust) quote the system's message; torch.save (C++) names only its own source file."""
+    return "No space left on device" in str(error) or "inline_container.cc" in str(error)
 
 
 def fail(message: str, code: int) -> None:
+    message = " ".join(message.split())  # what it quotes may hold line breaks
     note(f"error: {message}" if code != 130 else message)
     sys.exit(code)

@@ -54,6 +54,8 @@ def load_rows(dataset: str) -> RowSet:
     else:
         table, test = read_hub(dataset)
         origin = f"{dataset} from the Hugging Face hub" + (", scored on its own test split" if test is not None else "")
+    if table.empty:
+        raise UsageError(f"--dataset {dataset}: no rows in it")
     shape, kind = find_format(list(table.columns), dataset)
     names = label_names(table["label"], dataset) if kind == "labels" else ()
     rows, removed = without_duplicates(to_rows(table, shape, names))
@@ -79,7 +81,7 @@ def read_file(path: Path) -> pd.DataFrame:
         return readers[path.suffix.lower()](path)
     except (ValueError, UnicodeDecodeError, OSError) as error:  # pandas and pyarrow raise subclasses of ValueError
         reason = str(error).splitlines()[0][:100]
-        raise UsageError(f"--dataset {path}: not readable as {path.suffix[1:]} ({reason})") from None
+        raise UsageError(f"--dataset {path}: not readable as {path.suffix[1:]} ({reason}); is that what it holds?") from None
 
 
 def read_hub(name: str) -> tuple[pd.DataFrame, pd.DataFrame | None]:
@@ -101,7 +103,7 @@ def find_format(columns: list[str], dataset: str) -> tuple[tuple[str, ...], str]
         if set(wanted) <= set(columns):
             return wanted, {"text+label": "labels", "text": "text"}.get(name, "chat")
     raise UsageError(
-        f"--dataset {dataset}: found the columns {', '.join(map(str, columns))}; expected one of {', or '.join(FORMATS)}"
+        f"--dataset {dataset}: found the columns {', '.join(map(str, columns[:20]))}; expected one of {', or '.join(FORMATS)}"
     )
 
 
@@ -117,8 +119,9 @@ def label_names(labels: pd.Series, dataset: str) -> list:
 
 
 def answer_names(names: list) -> tuple[str, ...]:
-    """Words the model answers with: [0, 1] -> ('negative', 'positive'); other labels answer with their own name."""
-    return SENTIMENT_ANSWERS if [str(n) for n in names] in (["0", "1"], list(SENTIMENT_ANSWERS)) else tuple(str(n) for n in names)
+    """Words the model answers with: [0, 1] -> ('Negative', 'Positive'); other labels answer with their own name."""
+    known = [str(n).lower() for n in names] in (["0", "1"], ["negative", "positive"])
+    return SENTIMENT_ANSWERS if known else tuple(str(n) for n in names)
 
 
 def to_rows(table: pd.DataFrame, shape: tuple[str, ...], names: list) -> list[Row]:
@@ -129,7 +132,10 @@ def to_rows(table: pd.DataFrame, shape: tuple[str, ...], names: list) -> list[Ro
     if shape == ("text",):
         return [Row(str(t)) for t in table["text"] if clean(str(t))]
     if shape == ("messages",):
-        talks = [[{"role": m["role"], "content": m["content"]} for m in talk] for talk in table["messages"]]
+        try:
+            talks = [[{"role": m["role"], "content": m["content"]} for m in talk] for talk in table["messages"]]
+        except (TypeError, KeyError):
+            raise UsageError("--dataset: each row of the column messages must be a list of {role, content}") from None
     else:
         extra = table["input"].fillna("") if "input" in table and shape[0] == "instruction" else [""] * len(table)
         talks = [

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from qlora.cli import UserError
+from qlora.data import collate
 from qlora.logits import causal_lm, hidden_states
 from qlora.prompts import IGNORE
 
@@ -51,6 +52,13 @@ def end_supervised(guards: Guards, examples: list[dict], end_ids: set[int]) -> N
         "end_supervised", ended == len(examples), f"{ended} of {len(examples)} answers end with a supervised end token",
         "the end token was masked or cut off (is it also the pad token?): mask by position, and leave room in --max-length",
     )
+
+
+def probe_batch(model, examples: list[dict]) -> dict:
+    """The two shortest rows, on the model's device: enough to see a bug, cheap enough to look often."""
+    device = next(model.parameters()).device
+    batch = collate(sorted(examples, key=lambda e: len(e["input_ids"]))[:2], 0)
+    return {name: batch[name].to(device) for name in ("input_ids", "labels")}
 
 
 def frozen_hash(model) -> str:
@@ -98,8 +106,10 @@ def nothing_repacked(guards: Guards, model, batch: dict, autocast) -> None:
     before = _gradients(model, batch, autocast)
     last_logits(model, batch["input_ids"], autocast)
     after = _gradients(model, batch, autocast)
-    change = max((norm_of_difference(before[n], after[n]) for n in before), default=math.inf)
-    packed = [n for n, m in model.named_modules() if getattr(m, "enable_optimized_cpu", False) or getattr(getattr(m, "weight", None), "quant_state", None) is not None and getattr(m.weight.quant_state, "packing_format_for_cpu", False)]
+    same = before.keys() == after.keys()  # a matrix may lose its gradient altogether
+    change = max((norm_of_difference(before[n], after[n]) for n in before), default=math.inf) if same else math.inf
+    states = (getattr(getattr(m, "weight", None), "quant_state", None) for m in model.modules())
+    packed = [state for state in states if getattr(state, "packing_format_for_cpu", False)]
     guards.check(
         "nothing_repacked", change <= 1e-3 and not packed, f"an evaluation changed LoRA gradients by {change:.2g} (relative); {len(packed)} layers repacked",
         "4-bit weights were repacked for inference; set support_avx512bf16_for_cpu = False on every Linear4bit after loading",

@@ -19,8 +19,11 @@ class Hardware:
     memory_gib: float
 
     def autocast(self):
-        """Matrix products in `dtype` although adapters are kept in fp32; no-op where dtype is fp32."""
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device, dtype=self.dtype)
+        """On a GPU, matrix products in `dtype` although adapters are kept in fp32.
+
+        On a CPU the model is in `dtype` already and qlora/fast.py casts the adapters itself; autocast would only add copies.
+        """
+        return torch.autocast("cuda", dtype=self.dtype) if self.device == "cuda" else nullcontext()
 
 
 def detect() -> Hardware:

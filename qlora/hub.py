@@ -35,14 +35,21 @@ def explain(error: Exception, name: str, kind: str) -> UserError:
     kinds = {type(c).__name__ for c in causes}
     instead = f"without the hub: --model {BUNDLED}" if kind == "model" else "without the hub: --dataset imdb"
     if any(isinstance(c, errors.GatedRepoError) for c in causes) or "DatasetNotFoundError" in kinds and "gated" in str(error):
-        return UserError(f"{name} is gated: ask for access at https://huggingface.co/{name}, then `hf auth login`; {instead}")
+        page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
+        return UserError(f"{name} is gated: ask for access at {page}, then `hf auth login`; {instead}")
     if any(isinstance(c, errors.RepositoryNotFoundError) for c in causes) or "DatasetNotFoundError" in kinds:
         presets = f"; presets: {', '.join(MODELS)}" if kind == "model" else ""
         return UserError(f"the hub has no {kind} '{name}' (or it is private and no token is set){presets}; {instead}")
     if any(isinstance(c, errors.RevisionNotFoundError) for c in causes):
         return UserError(f"the hub's {name} has no such revision; {instead}")
+    if any(getattr(getattr(c, "response", None), "status_code", None) in (401, 403) for c in causes):
+        return UserError(f"the hub refuses this token for {name}: `hf auth login` again, or unset HF_TOKEN; {instead}")
+    if "HFValidationError" in kinds:
+        return UserError(f"'{name}' is neither a file or folder here nor a hub id (owner/name); {instead}")
     unreachable = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ConnectionError",
                    "ReadTimeout", "HfHubHTTPError", "ProxyError", "HTTPStatusError", "ReadError", "RemoteProtocolError"}
     if kinds & unreachable:
         return UserError(f"the Hugging Face hub can't be reached ({type(error).__name__}) and {name} is not in the cache; {instead}")
+    if kind == "dataset":  # one without data files, with several configurations, with a script, …
+        return UserError(f"--dataset {name} can't be loaded ({(str(error).strip() or type(error).__name__).splitlines()[0][:160]}); {instead}")
     raise error

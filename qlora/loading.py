@@ -8,7 +8,9 @@ import logging
 import os
 import re
 import shutil
+import struct
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,8 @@ from qlora.hub import snapshot
 
 # Says on each load that a CPU kernel could be fetched from the hub; it is not wanted (see never_repack).
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# transformers warns of its own calls between two of its names for activation checkpointing.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -146,7 +150,7 @@ def unpack_gguf(gguf: Path, digest: str) -> Path:
     try:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (OSError, ValueError, KeyError, IndexError) as error:
+    except (OSError, ValueError, LookupError, struct.error) as error:  # what a damaged header leads its reader to
         raise UserError(f"{gguf}: not a GGUF file that transformers can read ({first_line(error)})") from None
     # The marks of the GGUF quantization would make save_pretrained refuse; the weights are plain by now.
     del model.config.quantization_config
@@ -175,11 +179,11 @@ def refuse_pickles(folder: Path) -> None:
 def fingerprint(folder: Path) -> str:
     """sha256 of a model's config, without what changes from one save to the next."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError:
-        raise UserError(f"{folder}/config.json is not valid JSON") from None
+        config = json.loads((folder / "config.json").read_text()).items()
+    except (ValueError, AttributeError):
+        raise UserError(f"{folder}/config.json is damaged: not a JSON object; fetch it again") from None
     volatile = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "quantization_config", "use_cache")
-    kept = {k: v for k, v in config.items() if k not in volatile}
+    kept = {k: v for k, v in config if k not in volatile}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

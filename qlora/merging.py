@@ -27,7 +27,10 @@ def merge_into(out: Path, which: str, adapter: Adapter, model, base: Base, hardw
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--merge {out}: already there and not empty; take a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"--merge {out}: can't be written ({error.strerror})") from None
     parameters = model.get_nb_trainable_parameters()[1]
     free, wanted = shutil.disk_usage(out.parent).free, int(2.2 * parameters)
     if free < wanted:

@@ -11,7 +11,7 @@ from typing import Sequence
 
 import jinja2
 
-from qlora.cli import UserError
+from qlora.cli import UsageError, UserError
 
 IGNORE = -100  # label of a position that is not trained on (torch's cross_entropy ignores it)
 
@@ -82,7 +82,7 @@ def sentiment_prompt(tokenizer, prompt: PromptFormat, text: str, examples: Seque
     room = prompt.max_length - answer_length(tokenizer, prompt)
     frame = len(render(tokenizer, sentiment_messages(prompt, ""), True))
     if frame >= room:
-        raise UserError(f"--max-length {prompt.max_length} leaves no room for a review: the question alone takes {frame} tokens")
+        raise UsageError(f"--max-length {prompt.max_length} leaves no room for a review: the question alone takes {frame} tokens")
     # Cutting inside a word can make it tokens longer when it is read again: cut until it fits.
     keep = room - frame
     cut = shorten(tokenizer, text, keep)
@@ -119,9 +119,14 @@ def reply_ids(tokenizer, messages: Sequence[dict], reply: str) -> list[int]:
     """
     asked = render(tokenizer, messages, True)
     told = render(tokenizer, [*messages, {"role": "assistant", "content": reply}], False)
-    if told[: len(asked)] != asked:
-        raise UserError("this tokenizer's chat template does not continue its own prompt; QLoRA labels can't be placed")
     added, ends = told[len(asked):], end_ids(tokenizer)
+    if told[: len(asked)] != asked:
+        # Without a special token between them, prompt and reply share a token (": " + "No" -> ":", " No"). Generation
+        # starts after the prompt's own tokens, so that is where the reply's begin.
+        before, after = tokenizer.decode(asked), tokenizer.decode(told)
+        if not after.startswith(before):
+            raise UserError("this tokenizer's chat template does not continue its own prompt; QLoRA labels can't be placed")
+        added = tokenizer(after[len(before):], add_special_tokens=False)["input_ids"]
     stop = next((i for i, token in enumerate(added) if token in ends), None)
     return [*added, tokenizer.eos_token_id] if stop is None else added[: stop + 1]
 

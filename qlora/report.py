@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from pathlib import Path
 
+from qlora.cli import note
+from qlora.hardware import environment, peak_memory_bytes
+from qlora.prompts import IGNORE
 from qlora.runs import write_json
 
 COLUMNS = {
@@ -25,6 +30,55 @@ def accuracy_table(evaluation: dict) -> list[tuple[str, str, str]]:
         for key, title in COLUMNS.items()
         if (r := evaluation.get(key))
     ]
+
+
+def build_report(settings, hardware, base, model, found, train, guards, trainer, history, seconds, evaluation, started) -> dict:
+    """All that report.json holds; every figure is a measurement of this run."""
+    trainable, total = model.get_nb_trainable_parameters()
+    losses = [h["loss"] for h in history] or [float("nan")]
+    return {
+        "environment": environment(hardware),
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()},
+        "base": dataclasses.asdict(base.info),
+        "data": {
+            "origin": found.origin,
+            "train_rows": len(train),
+            "eval_rows": evaluation["rows"],
+            "train_tokens": sum(len(e["input_ids"]) for e in train),
+            "supervised_tokens": sum(label != IGNORE for e in train for label in e["labels"][1:]),
+            "duplicates_removed": found.duplicates_removed,
+        },
+        "lora": {"trainable_parameters": trainable, "all_parameters": total, "percent": 100 * trainable / total,
+                 "bytes": sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)},
+        "memory": {"predicted_peak_bytes": None, "measured_peak_bytes": peak_memory_bytes(hardware.device),
+                   "what": "process, resident" if hardware.device == "cpu" else "CUDA allocator",
+                   "weights_bytes": base.model.get_memory_footprint()},
+        # Of this process: after --resume, the steps since then.
+        "train": {"steps": trainer.state.global_step, "seconds": seconds, "real_tokens": trainer.real_tokens,
+                  "tokens_per_second": trainer.real_tokens / seconds,
+                  "loss_first": sum(losses[:10]) / len(losses[:10]), "loss_last": sum(losses[-10:]) / len(losses[-10:])},
+        "evaluation": evaluation,
+        "guards": guards.results,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def show_result(report: dict) -> None:
+    """The result on stdout, what it cost on stderr."""
+    train, memory, evaluation = report["train"], report["memory"], report["evaluation"]
+    note(f"training   {train['steps']} steps, {train['seconds']:.0f} s, {train['tokens_per_second']:.0f} real tokens/s, "
+         f"loss {train['loss_first']:.2f} -> {train['loss_last']:.2f}, peak memory {memory['measured_peak_bytes'] / 1e9:.2f} GB ({memory['what']})\n")
+    if "tuned" not in evaluation:
+        p = evaluation["perplexity"]
+        print(f"perplexity on {evaluation['rows']} held-out rows: {p['before']['perplexity']:.2f} before, {p['after']['perplexity']:.2f} after")
+        return
+    print(f"accuracy on the same {evaluation['rows']} held-out rows, with 95% interval")
+    for who, accuracy, interval in accuracy_table(evaluation):
+        print(f"  {who:22} {accuracy:>6}   {interval}")
+    flips = evaluation["flips"]
+    print(f"  {flips['fixed']} rows put right, {flips['broken']} broken; for example")
+    for example in flips["examples"]:
+        print(f"  {example['kind']}: {example['before']} -> {example['after']} (truth {example['truth']}): … {example['text'][-160:]}")
 
 
 def write_report(out: Path, report: dict, history: list[dict]) -> None:
@@ -52,8 +106,7 @@ def markdown(report: dict) -> str:
         flips = evaluation["flips"]
         lines += ["", f"Training put {flips['fixed']} rows right and broke {flips['broken']}.", "", confusion(evaluation["tuned"])]
         for example in flips["examples"]:
-            quote = " ".join(example["text"].split())
-            lines += ["", f"- {example['kind']}: truth {example['truth']}, before {example['before']}, after {example['after']}  ", f"  > {quote}"]
+            lines += ["", f"- {example['kind']}: truth {example['truth']}, before {example['before']}, after {example['after']}  ", f"  > {example['text']}"]
     if "perplexity" in evaluation:
         before, after = evaluation["perplexity"]["before"], evaluation["perplexity"]["after"]
         lines += [f"Perplexity on {evaluation['rows']} held-out rows ({before['tokens']} tokens): {before['perplexity']:.2f} before, {after['perplexity']:.2f} after."]

@@ -22,12 +22,9 @@ NOT_COMPARED = ("resume", "overwrite", "output_dir")
 
 def saved_settings(out: Path, kind: type):
     """Settings of the run in `out`, to serve as defaults for --resume; None if there is none."""
-    try:
-        data = json.loads((out / SETTINGS).read_text())
-    except FileNotFoundError:
+    if not is_run(out):
         return None
-    except (OSError, ValueError):
-        raise UserError(f"{out / SETTINGS} is damaged; start anew with --overwrite") from None
+    data = json.loads((out / SETTINGS).read_text())
     known = {f.name for f in dataclasses.fields(kind)}
     return kind(**{k: v for k, v in data.items() if k in known}, output_dir=out, resume=True)
 
@@ -35,12 +32,15 @@ def saved_settings(out: Path, kind: type):
 def write_json(path: Path, data) -> None:
     """Whole or not at all: written beside the target, then renamed."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(data, indent=2) + "\n")
-    os.replace(part, path)
+    try:
+        part.write_text(json.dumps(data, indent=2) + "\n")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def claim(settings) -> FileLock:
-    """Lock the output folder and decide what may be there; raises UsageError or UserError, else the folder is ours."""
+    """Lock the output folder and decide what may be there; raises UsageError or UserError. Nothing is changed yet: see begin()."""
     out: Path = settings.output_dir
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -50,26 +50,38 @@ def claim(settings) -> FileLock:
         raise UserError(f"--output-dir {out}: another run is working in this folder; wait for it or take another folder") from None
     except (PermissionError, FileExistsError, NotADirectoryError, OSError) as error:
         raise UsageError(f"--output-dir {out}: can't be written ({error.strerror or error})") from None
-    ours = (out / SETTINGS).exists()
-    others = [p.name for p in out.iterdir() if p.name not in (".lock", SETTINGS)]
+    ours = is_run(out)
+    others = [p.name for p in out.iterdir() if p.name != ".lock"]
     try:
         if not ours and others:
             raise UsageError(f"--output-dir {out}: the folder holds other files ({sorted(others)[0]}, …); take an empty or new folder")
-        if ours and settings.overwrite:
-            clear(out)
-        elif ours and settings.resume:
+        if ours and settings.resume:
             now = _as_json(settings)
             before = json.loads((out / SETTINGS).read_text())
             changed = [f"--{k.replace('_', '-')} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
             if changed:
                 raise UsageError(f"--resume: the run in {out} was started with other settings ({'; '.join(changed)}); leave them out")
-        elif ours:
+        elif ours and not settings.overwrite:
             raise UsageError(f"--output-dir {out} holds another run: go on with it (--resume), delete it (--overwrite), or take another folder")
-        write_json(out / SETTINGS, _as_json(settings))
     except BaseException:
         lock.release()
         raise
     return lock
+
+
+def begin(settings) -> None:
+    """The first change to the folder, after model and data were found to be usable: a typo costs no earlier run."""
+    if settings.overwrite:
+        clear(settings.output_dir)
+    write_json(settings.output_dir / SETTINGS, _as_json(settings))
+
+
+def is_run(out: Path) -> bool:
+    """settings.json alone says little, many programs write one; ours names LoRA's rank."""
+    try:
+        return "lora_r" in json.loads((out / SETTINGS).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def clear(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,7 +11,6 @@ import threading
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
@@ -44,20 +44,30 @@ class QLoRATrainer(Trainer):
         """Write into a staging folder, list every file with its hash, then rename: a checkpoint is complete or absent."""
         if not self.args.should_save:
             return super()._save_checkpoint(model, trial)
-        out = Path(self.args.output_dir)
-        name, staging = f"checkpoint-{self.state.global_step}", out / ".staging"
-        shutil.rmtree(staging, ignore_errors=True)
-        self._staging = str(staging)
-        try:
-            super()._save_checkpoint(model, trial)
-            seal(staging / name)
+        out, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        with staging(out) as aside:
+            self._staging = str(aside)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            seal(aside / name)
             shutil.rmtree(out / name, ignore_errors=True)
-            os.rename(staging / name, out / name)
-        finally:
-            self._staging = None
-            shutil.rmtree(staging, ignore_errors=True)
+            os.rename(aside / name, out / name)
         for old in checkpoints(out)[KEEP_CHECKPOINTS:]:
             shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def staging(out: Path):
+    """An empty folder beside the final names (so that a rename is enough), gone afterwards."""
+    aside = out / ".staging"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def seal(folder: Path) -> None:
@@ -159,7 +169,3 @@ class Watch(TrainerCallback):
         if self.bar:
             self.bar.close()
 
-
-def set_threads_deterministic() -> None:
-    """Sums in one order, so that a resumed run on a CPU ends with the same bytes."""
-    torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,0 +1,89 @@
+"""The same held-out rows before and after training: base zero-shot, base few-shot, a bag of words, the tuned model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from config import FEW_SHOT, SENTIMENT_ANSWERS
+from qlora import evaluation as e
+from qlora import prompts as p
+from qlora.data import Row
+from qlora.hardware import Hardware
+from qlora.loading import Base
+from qlora.runs import write_json
+
+
+@contextlib.contextmanager
+def progress(rows: int, title: str) -> Iterator:
+    with tqdm(total=rows, desc=f"{title:22}", unit="row", mininterval=2) as bar:
+        yield bar.update
+
+
+def label_scores(hardware: Hardware, base: Base, model, prompt: p.PromptFormat, rows: list[Row], title: str, examples=()) -> np.ndarray:
+    """log P(answer) of each row and answer, (rows, answers); `model` is the base or a PEFT model around it."""
+    prompts = [p.sentiment_prompt(base.tokenizer, prompt, row.text, examples) for row in rows]
+    answers = [p.answer_ids(base.tokenizer, prompt, label) for label in range(len(prompt.answers))]
+    with progress(len(rows), title) as step:
+        return e.score_labels(model, prompts, answers, hardware.autocast, step)
+
+
+def score_before(out: Path, hardware: Hardware, base: Base, prompt: p.PromptFormat, train_rows: list[Row], held_out: list[Row], examples: list[dict]) -> dict:
+    """What is possible without training; kept in before.json, so that --resume need not measure it again.
+
+    `examples` are the encoded held-out rows (for perplexity, where there are no labels).
+    """
+    kept = out / "before.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    if prompt.objective == "sentiment":
+        truth = [row.label for row in held_out]
+
+        def scored(scores):
+            return e.accuracy_report(scores.argmax(1).tolist(), truth, prompt.answers)
+
+        zero = label_scores(hardware, base, base.model, prompt, held_out, "base, zero-shot")
+        before = {"scores": zero.tolist(), "base_zero_shot": scored(zero)}
+        if prompt.answers == SENTIMENT_ANSWERS:
+            before["base_few_shot"] = scored(label_scores(hardware, base, base.model, prompt, held_out, "base, 4 examples", FEW_SHOT))
+        before["bag_of_words"] = e.accuracy_report(e.bag_of_words(train_rows, held_out), truth, prompt.answers)
+    else:
+        with progress(len(examples), "base, perplexity") as step:
+            before = {"perplexity": e.perplexity(base.model, examples, hardware.autocast, step)}
+    write_json(kept, before)
+    return before
+
+
+def score_after(hardware: Hardware, base: Base, model, prompt: p.PromptFormat, held_out: list[Row], examples: list[dict], before: dict) -> dict:
+    """The report's `evaluation`: everything of `before`, the tuned model on the same rows, and what changed."""
+    if prompt.objective != "sentiment":
+        with progress(len(examples), "tuned, perplexity") as step:
+            after = e.perplexity(model, examples, hardware.autocast, step)
+        return {"rows": len(examples), "perplexity": {"before": before["perplexity"], "after": after}}
+    truth = [row.label for row in held_out]
+    tuned = label_scores(hardware, base, model, prompt, held_out, "tuned")
+    changed = e.flips(np.array(before["scores"]), tuned, truth)
+    # The most telling three: the two largest changes of mind for the better, the largest for the worse.
+    telling = [("fixed", i) for i in changed["fixed"][:2]] + [("broken", i) for i in changed["broken"][:1]]
+    examples_shown = [
+        {"kind": kind, "truth": prompt.answers[truth[i]], "before": prompt.answers[int(np.argmax(before["scores"][i]))],
+         "after": prompt.answers[int(tuned[i].argmax())], "text": shown(held_out[i].text)}
+        for kind, i in telling
+    ]
+    return {
+        "rows": len(held_out),
+        **{k: v for k, v in before.items() if k != "scores"},
+        "tuned": e.accuracy_report(tuned.argmax(1).tolist(), truth, prompt.answers),
+        "flips": {"fixed": len(changed["fixed"]), "broken": len(changed["broken"]), "examples": examples_shown},
+    }
+
+
+def shown(text: str, characters: int = 300) -> str:
+    """The end of a review, where the model looks, on one line."""
+    text = " ".join(p.clean(text).split())
+    return text if len(text) <= characters else "… " + text[-characters:]

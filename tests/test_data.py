@@ -1,0 +1,98 @@
+"""Rows: formats, duplicates, the split, batches."""
+
+import pandas as pd
+import pytest
+
+from qlora import data as d
+from qlora.cli import UsageError
+
+
+def write(tmp_path, name, rows):
+    path = tmp_path / name
+    table = pd.DataFrame(rows)
+    {"csv": lambda: table.to_csv(path, index=False), "jsonl": lambda: table.to_json(path, orient="records", lines=True),
+     "parquet": lambda: table.to_parquet(path)}[path.suffix[1:]]()
+    return str(path)
+
+
+LABELLED = [{"text": f"review number {i}", "label": i % 2} for i in range(20)]
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_each_file_kind_gives_the_same_rows(tmp_path, ending):
+    found = d.load_rows(write(tmp_path, f"rows.{ending}", LABELLED))
+    assert found.kind == "labels" and found.answers == ("Negative", "Positive") and len(found.rows) == 20
+
+
+def test_labels_of_ones_own_become_the_answers(tmp_path):
+    rows = [{"text": f"t{i}", "label": ("sport", "news", "art")[i % 3]} for i in range(9)]
+    found = d.load_rows(write(tmp_path, "own.csv", rows))
+    assert found.answers == ("art", "news", "sport") and found.answers[found.rows[0].label] == "sport"
+
+
+@pytest.mark.parametrize("columns", [("prompt", "completion"), ("instruction", "response")])
+def test_pairs_become_conversations(tmp_path, columns):
+    found = d.load_rows(write(tmp_path, "pairs.jsonl", [dict(zip(columns, (f"ask {i}", f"say {i}"))) for i in range(3)]))
+    assert found.kind == "chat"
+    assert found.rows[1].messages == ({"role": "user", "content": "ask 1"}, {"role": "assistant", "content": "say 1"})
+
+
+def test_messages_and_text_alone(tmp_path):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert d.load_rows(write(tmp_path, "talks.jsonl", [{"messages": talk}])).rows[0].messages == tuple(talk)
+    assert d.load_rows(write(tmp_path, "plain.csv", [{"text": "some words"}])).kind == "text"
+
+
+def test_duplicates_go_before_the_split(tmp_path):
+    # 20 different texts, 5 of them twice (once with spaces and HTML breaks around)
+    rows = LABELLED + [{"text": f" review number {i}<br />", "label": i % 2} for i in range(5)]
+    found = d.load_rows(write(tmp_path, "twice.csv", rows))
+    assert len(found.rows) == 20 and found.duplicates_removed == 5
+
+
+def test_split_is_even_disjoint_and_repeatable(tmp_path):
+    found = d.load_rows(write(tmp_path, "rows.csv", LABELLED))
+    train, held_out = d.split(found, 10, 6, seed=1)
+    assert sum(r.label for r in train) == 5 and sum(r.label for r in held_out) == 3
+    assert not {r.text for r in train} & {r.text for r in held_out}
+    assert d.split(found, 10, 6, seed=1) == (train, held_out)
+    # Held-out rows do not depend on --samples: runs of different size are scored on the same exam.
+    assert d.split(found, 2, 6, seed=1)[1] == held_out
+    assert d.split(found, 10, 6, seed=2)[1] != held_out
+
+
+def test_more_rows_than_there_are(tmp_path):
+    found = d.load_rows(write(tmp_path, "rows.csv", LABELLED))
+    with pytest.raises(UsageError, match="--samples 15: 14 different rows are left"):
+        d.split(found, 15, 6, seed=1)
+    with pytest.raises(UsageError, match="--eval-samples 50"):
+        d.split(found, 1, 50, seed=1)
+
+
+def test_imdb_is_what_the_readme_says():
+    found = d.load_rows("imdb")
+    assert len(found.rows) + found.duplicates_removed == 25_000
+    assert found.answers == ("Negative", "Positive")
+
+
+def test_batches_by_length_cover_every_row_once_with_little_padding():
+    generator = __import__("random").Random(0)
+    lengths = [generator.randint(30, 190) for _ in range(403)]
+    sampler = d.LengthBatches(lengths, 8, seed=3)
+    order = list(sampler)
+    assert sorted(order) == list(range(403))
+    batches = [order[i : i + 8] for i in range(0, 403, 8)]
+    padded = sum(max(lengths[i] for i in b) * len(b) for b in batches)
+    assert padded / sum(lengths) < 1.05  # random batches would pad by about a half
+    assert max(lengths) in [lengths[i] for i in batches[0]]  # what does not fit fails in the first step
+    assert list(sampler) == order
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+
+
+def test_padding_is_masked_by_position():
+    # The pad token is the end token here, as in the bundled model: the real end must stay supervised.
+    batch = d.collate([{"input_ids": [5, 6, 2], "labels": [-100, 6, 2]}, {"input_ids": [7, 2], "labels": [7, 2]}], pad_id=2)
+    assert batch["input_ids"].tolist() == [[5, 6, 2], [7, 2, 2]]
+    assert batch["labels"].tolist() == [[-100, 6, 2], [7, 2, -100]]
+    assert batch["real_tokens"] == 5

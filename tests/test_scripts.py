@@ -1,0 +1,195 @@
+"""The three scripts, run as a user runs them."""
+
+import json
+
+
+import pandas as pd
+import pytest
+import torch
+from conftest import SMALL_RUN, script
+
+SCRIPTS = ("quant_llama32_4bit_lora.py", "qlora_finetune.py", "qlora_inference.py")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_imports_nothing_heavy(name):
+    code = f"import sys, runpy; sys.argv = ['{name}', '--help']\ntry: runpy.run_path('{name}', run_name='__main__')\nexcept SystemExit: print('torch' in sys.modules)"
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "False" and "--model" in done.stdout
+
+
+def test_run_leaves_what_the_readme_names(trained):
+    for name in ("adapter_config.json", "adapter_model.safetensors", "qlora.json", "tokenizer.json", "report.json", "report.md", "curves.png", "README.md"):
+        assert (trained / name).stat().st_size > 0
+    assert (trained / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_report_has_the_contracts_keys(trained):
+    report = json.loads((trained / "report.json").read_text())
+    assert set(report) >= {"environment", "settings", "data", "lora", "memory", "train", "evaluation", "guards"}
+    assert set(report["data"]) >= {"train_rows", "eval_rows", "train_tokens", "supervised_tokens", "duplicates_removed"}
+    assert set(report["train"]) >= {"steps", "seconds", "tokens_per_second", "loss_first", "loss_last"}
+    evaluation = report["evaluation"]
+    assert evaluation["rows"] == 8 and set(evaluation["flips"]) >= {"fixed", "broken"}
+    for who in ("base_zero_shot", "base_few_shot", "bag_of_words", "tuned"):
+        assert 0 <= evaluation[who]["low"] <= evaluation[who]["accuracy"] <= evaluation[who]["high"] <= 1
+    assert report["train"]["steps"] == 4 and report["train"]["real_tokens"] == report["data"]["train_tokens"]
+    # answer and end token of each row
+    assert report["data"]["supervised_tokens"] == 2 * report["data"]["train_rows"]
+    names = [g["name"] for g in report["guards"]]
+    assert all(g["passed"] for g in report["guards"])
+    assert set(names) == {"labels_present", "end_supervised", "starts_as_base", "loss_is_models_own", "nothing_repacked", "all_matrices_learn", "base_unchanged", "reloads_same"}
+
+
+def test_trainable_parameters_by_hand(trained):
+    # rank 16 on q (64x64), k and v (32x64), o (64x64), gate and up (128x64), down (64x128), two layers
+    per_layer = 16 * ((64 + 64) + 2 * (64 + 32) + (64 + 64) + 2 * (64 + 128) + (128 + 64))
+    assert json.loads((trained / "report.json").read_text())["lora"]["trainable_parameters"] == 2 * per_layer
+
+
+def test_adapter_loads_in_plain_peft_with_the_same_logits(trained, tiny_folder):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from qlora.hardware import detect
+    from qlora_inference import load, load_notes
+    from config import InferSettings
+
+    ids = AutoTokenizer.from_pretrained(trained)("A film like this", return_tensors="pt").input_ids
+    settings = InferSettings(adapter=(str(trained),))
+    ours, _, hardware = load(settings, load_notes(settings))
+    dtype = detect().dtype
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, quantization_config=quantized, dtype=dtype)
+    plain = PeftModel.from_pretrained(base, trained).eval()
+    with torch.no_grad(), hardware.autocast():
+        a, b = ours(input_ids=ids).logits.float(), plain(input_ids=ids).logits.float()
+        with plain.disable_adapter():
+            without = plain(input_ids=ids).logits.float()
+    assert (a - b).norm() < 0.01 * b.norm()
+    assert (a - b).norm() < 0.2 * (without - b).norm()  # far closer than the model without the adapter
+
+
+def test_inference_one_prompt_answers_on_stdout_only(trained):
+    done = script(SCRIPTS[2], "--adapter", trained, "--max-new-tokens", "3", "A fine film.")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() and "adapter" in done.stderr and "adapter    " not in done.stdout
+
+
+def test_inference_lines_from_stdin_and_file_agree(trained, tmp_path):
+    lines = ["A fine film.", "", "Awful.", "Long and dull, but the music is nice."]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines))
+    flags = ("--adapter", trained, "--max-new-tokens", "3", "--batch-size", "2")
+    piped = script(SCRIPTS[2], *flags, stdin="\n".join(lines))
+    filed = script(SCRIPTS[2], *flags, "--prompts", tmp_path / "prompts.txt")
+    assert piped.returncode == filed.returncode == 0, piped.stderr + filed.stderr
+    assert piped.stdout == filed.stdout and len(piped.stdout.splitlines()) == 3
+
+
+def test_sampling_is_repeatable_by_seed(trained):
+    flags = ("--adapter", trained, "--max-new-tokens", "8", "--temperature", "1.5", "--top-k", "500", "Tell me.", "--plain")
+    first, again, other = (script(SCRIPTS[2], *flags, "--seed", seed).stdout for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_compare_and_base_alone(trained, tiny_folder):
+    compared = script(SCRIPTS[2], "--adapter", trained, "--compare", "--max-new-tokens", "3", "A fine film.")
+    assert compared.returncode == 0 and "  base" in compared.stdout and f"  {trained.name}" in compared.stdout
+    alone = script(SCRIPTS[2], "--adapter", "none", "--model", tiny_folder, "--max-new-tokens", "3", "Hello")
+    assert alone.returncode == 0 and alone.stdout.strip(), alone.stderr
+
+
+def test_evaluate_repeats_the_training_runs_score(trained):
+    done = script(SCRIPTS[2], "--adapter", trained, "--evaluate", "--compare", "--eval-samples", "8")
+    report = json.loads((trained / "report.json").read_text())["evaluation"]
+    assert done.returncode == 0, done.stderr
+    base, tuned = done.stdout.splitlines()
+    assert f"{100 * report['base_zero_shot']['accuracy']:.1f}%" in base and f"{100 * report['tuned']['accuracy']:.1f}%" in tuned
+
+
+def test_merged_model_is_plain_and_keeps_its_answers(trained, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from config import InferSettings
+    from qlora_inference import load, load_notes
+
+    done = script(SCRIPTS[2], "--adapter", trained, "--merge", tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    drift = {line.split("the ")[1].split()[0]: float(line.split("differ by ")[1].split("%")[0]) for line in done.stderr.splitlines() if line.startswith("merge")}
+    assert drift["dequantized"] < 1 < drift["original"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert merged.dtype in (torch.bfloat16, torch.float16) and not hasattr(merged.config, "quantization_config")
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("A film like this", return_tensors="pt").input_ids
+    settings = InferSettings(adapter=(str(trained),))
+    ours, _, hardware = load(settings, load_notes(settings))
+    with torch.no_grad(), hardware.autocast():
+        a, b = ours(input_ids=ids).logits.float(), merged(input_ids=ids).logits.float()
+    assert (a - b).norm() < 0.02 * a.norm()
+
+
+def test_several_adapters_and_the_second_is_another(trained, tiny_folder, tmp_path):
+    other = tmp_path / "other"
+    assert script(SCRIPTS[1], "--model", tiny_folder, "--output-dir", other, *SMALL_RUN, "--lora-r", "4", "--lora-variant", "rslora", "--target-modules", "q_proj,v_proj").returncode == 0
+    done = script(SCRIPTS[2], "--adapter", trained, "--adapter", other, "--evaluate", "--eval-samples", "8")
+    assert done.returncode == 0 and [line.split()[0] for line in done.stdout.splitlines()] == [trained.name, "other"], done.stderr
+
+
+def test_chat_on_a_terminal(trained):
+    import os
+    import pty
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+
+    master, slave = pty.openpty()
+    command = [sys.executable, "qlora_inference.py", "--adapter", str(trained), "--max-new-tokens", "3"]
+    process = subprocess.Popen(command, stdin=slave, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(slave)
+    os.write(master, b"A fine film.\n/use nobody\n/base A fine film.\n/quit\n")
+    stdout, stderr = process.communicate(timeout=120)
+    os.close(master)
+    assert process.returncode == 0 and "Type a review" in stderr and "no adapter 'nobody'" in stderr and len(stdout) > 4
+
+
+@pytest.mark.parametrize("precision", ["fp4", "int8", "bf16", "fp32"])
+def test_trains_on_every_precision(tiny_folder, tmp_path, precision):
+    done = script(SCRIPTS[1], "--model", tiny_folder, "--output-dir", tmp_path / "run", *SMALL_RUN, "--precision", precision)
+    assert done.returncode == 0, done.stderr
+
+
+def test_lm_reports_perplexity_before_and_after(tiny_folder, tmp_path):
+    done = script(SCRIPTS[1], "--model", tiny_folder, "--output-dir", tmp_path / "run", *SMALL_RUN, "--objective", "lm", "--epochs", "4", "--learning-rate", "0.01")
+    assert done.returncode == 0, done.stderr
+    perplexity = json.loads((tmp_path / "run" / "report.json").read_text())["evaluation"]["perplexity"]
+    assert perplexity["after"]["perplexity"] < 0.9 * perplexity["before"]["perplexity"]
+
+
+def test_own_data_pairs_and_labels(tiny_folder, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pd.DataFrame([{"instruction": f"say {i}", "response": f"{i} it is"} for i in range(30)]).to_json(pairs, orient="records", lines=True)
+    done = script(SCRIPTS[1], "--model", tiny_folder, "--output-dir", tmp_path / "a", *SMALL_RUN, "--dataset", pairs)
+    assert done.returncode == 0 and "perplexity" in done.stdout, done.stderr
+    labels = tmp_path / "labels.csv"
+    pd.DataFrame([{"text": f"about {i}", "label": ("art", "news", "sport")[i % 3]} for i in range(30)]).to_csv(labels, index=False)
+    done = script(SCRIPTS[1], "--model", tiny_folder, "--output-dir", tmp_path / "b", *SMALL_RUN, "--dataset", labels)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "b" / "qlora.json").read_text())["prompt"]["answers"] == ["art", "news", "sport"]
+
+
+def test_gradient_checkpointing_and_accumulation(tiny_folder, tmp_path):
+    done = script(SCRIPTS[1], "--model", tiny_folder, "--output-dir", tmp_path / "run", *SMALL_RUN, "--gradient-checkpointing", "--grad-accum", "2")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["train"]["steps"] == 2
+
+
+def test_demo_untrained_adapter_is_the_base():
+    done = script(SCRIPTS[0], "--max-new-tokens", "8")
+    assert done.returncode == 0, done.stderr
+    assert "exactly the base's, bit for bit" in done.stdout and "134,515,008 parameters" in done.stdout
+    assert len([line for line in done.stdout.splitlines() if "tokens/s" in line]) == 3

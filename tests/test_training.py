@@ -1,0 +1,104 @@
+"""Checkpoints that are complete or absent, resuming after kill -9, Ctrl-C."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, SMALL_RUN, script
+
+from qlora import training as t
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def start(out, tiny_folder, *flags):
+    command = [sys.executable, str(ROOT / "qlora_finetune.py"), "--model", str(tiny_folder), "--output-dir", str(out), *map(str, flags)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def wait_for(path, process, seconds=120):
+    end = time.time() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.time() < end, process.communicate()[1]
+        time.sleep(0.02)
+
+
+LONG_RUN = ("--samples", "120", "--eval-samples", "4", "--max-length", "64", "--batch-size", "2", "--save-steps", "5", "--lora-dropout", "0.1")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_folder):
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    done = script("qlora_finetune.py", "--model", tiny_folder, "--output-dir", out, *LONG_RUN)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_killed_run_resumes_to_the_same_bytes(uninterrupted, tiny_folder, tmp_path):
+    # Dropout is on, so the random state has to be resumed too. Two kills at different moments.
+    out = tmp_path / "run"
+    for flags, checkpoint in ((LONG_RUN, "checkpoint-10"), (["--resume"], "checkpoint-30")):
+        process = start(out, tiny_folder, *flags)
+        wait_for(out / checkpoint, process)
+        process.kill()
+        process.communicate()
+    (out / ".staging" / "checkpoint-35").mkdir(parents=True, exist_ok=True)  # as if killed while saving
+    done = script("qlora_finetune.py", "--output-dir", out, "--resume")
+    assert done.returncode == 0 and "resuming from" in done.stderr, done.stderr
+    assert (out / WEIGHTS).read_bytes() == (uninterrupted / WEIGHTS).read_bytes()
+    assert json.loads((out / "report.json").read_text())["evaluation"]["tuned"] == json.loads((uninterrupted / "report.json").read_text())["evaluation"]["tuned"]
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(uninterrupted, tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, tiny_folder, *LONG_RUN)
+    wait_for(out / "checkpoint-5", process)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"--output-dir {out} --resume" in stderr and "Traceback" not in stderr
+    assert t.last_complete(out) is not None and not (out / "report.json").exists()
+    assert script("qlora_finetune.py", "--output-dir", out, "--resume").returncode == 0
+    assert (out / WEIGHTS).read_bytes() == (uninterrupted / WEIGHTS).read_bytes()
+
+
+def test_resume_of_a_complete_run_changes_nothing(uninterrupted):
+    before = {p.name: p.stat().st_mtime_ns for p in uninterrupted.iterdir() if p.is_file()}
+    done = script("qlora_finetune.py", "--output-dir", uninterrupted, "--resume")
+    assert done.returncode == 0 and "nothing to do" in done.stderr
+    assert {p.name: p.stat().st_mtime_ns for p in uninterrupted.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("harm", ["truncate", "delete optimizer", "no manifest"])
+def test_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, harm, capsys):
+    # transformers#35782: the newest number wins without a check; a missing optimizer is resumed with a fresh one
+    out = tmp_path / "copy"
+    shutil.copytree(uninterrupted, out)
+    newest, older = t.checkpoints(out)
+    if harm == "truncate":
+        with open(newest / WEIGHTS, "r+b") as file:
+            file.truncate(100)
+    else:
+        os.unlink(newest / ("optimizer.pt" if harm == "delete optimizer" else t.MANIFEST))
+    assert t.last_complete(out) == older
+    assert "passed over" in capsys.readouterr().err
+
+
+
+def test_nan_stops_the_run_with_its_fix(tiny_folder, tmp_path):
+    # Trainer's default logs 0 where the loss is NaN (logging_nan_inf_filter): the guard has to see the NaN itself
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    bad = tmp_path / "bad"
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    model.model.embed_tokens.weight.data[AutoTokenizer.from_pretrained(tiny_folder).encode(" the")[0]] = float("nan")
+    model.save_pretrained(bad)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(bad)
+    done = script("qlora_finetune.py", "--model", bad, "--output-dir", tmp_path / "run", *SMALL_RUN)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: guard ")], done.stderr
