@@ -14,7 +14,9 @@ from qlora.logits import causal_lm, hidden_states
 from qlora.prompts import IGNORE
 
 # Real tokens per evaluation batch: enough to fill a CPU's or a GPU's matrix units, little enough for any memory.
-BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+# A shorter common beginning is cheaper to compute again than to attend to through a cache.
+SHORTEST_CACHED_PREFIX = 32
 
 
 def wilson(correct: int, rows: int, z: float = 1.96) -> tuple[float, float]:
@@ -56,6 +58,7 @@ def _score(model, prompts, continuations, autocast, progress, firsts) -> np.ndar
     model.eval()
     rows = [p + c for p, c in zip(prompts, continuations)]
     prefix = min(shared_prefix(rows), min(map(len, prompts)) - 1) if len(rows) > 1 else 0
+    prefix = prefix if prefix >= SHORTEST_CACHED_PREFIX else 0
     result: list = [None] * len(rows)
     with autocast():
         cache = None

@@ -19,6 +19,7 @@ from qlora import guards as g
 from qlora.cli import note
 from qlora.data import LengthBatches
 from qlora.fetch import sha256_of
+from qlora.hardware import return_freed_memory
 
 MANIFEST = "complete.json"
 
@@ -150,6 +151,8 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.bar:
             self.bar.update(state.global_step - self.bar.n)
+        if args.use_cpu and state.global_step % 20 == 0:
+            return_freed_memory()
         if self.interrupt.asked:
             control.should_save = control.should_training_stop = True
 
