@@ -23,26 +23,24 @@ LoraVariant = Literal["lora", "rslora", "dora"]
 @dataclass(frozen=True)
 class ModelPreset:
     hub_id: str
-    gated: bool = False
-    note: str = ""
-    # OPT's main branch holds pickles only; unpickling runs code, so name the revision with safetensors.
+    # Where the main branch holds pickles only (OPT): the hub's own conversion to safetensors. Unpickling runs code.
     revision: Optional[str] = None
 
 
 BUNDLED = "smollm2-135m"
 
 MODELS: dict[str, ModelPreset] = {
-    BUNDLED: ModelPreset("HuggingFaceTB/SmolLM2-135M-Instruct", note="bundled: comes from the package index, no account"),
-    "llama-3.2-1b": ModelPreset("meta-llama/Llama-3.2-1B-Instruct", gated=True),
-    "llama-3.2-3b": ModelPreset("meta-llama/Llama-3.2-3B-Instruct", gated=True),
-    "llama-3.1-8b": ModelPreset("meta-llama/Llama-3.1-8B-Instruct", gated=True),
+    BUNDLED: ModelPreset("HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "llama-3.2-1b": ModelPreset("meta-llama/Llama-3.2-1B-Instruct"),
+    "llama-3.2-3b": ModelPreset("meta-llama/Llama-3.2-3B-Instruct"),
+    "llama-3.1-8b": ModelPreset("meta-llama/Llama-3.1-8B-Instruct"),
     "qwen2.5-0.5b": ModelPreset("Qwen/Qwen2.5-0.5B-Instruct"),
     "qwen2.5-3b": ModelPreset("Qwen/Qwen2.5-3B-Instruct"),
     "mistral-7b": ModelPreset("mistralai/Mistral-7B-Instruct-v0.3"),
-    "opt-350m": ModelPreset("facebook/opt-350m", note="no chat template: a plain prompt is used"),
+    "opt-350m": ModelPreset("facebook/opt-350m"),
 }
 
-# Llama 3.2 3B trains at NF4 in about 5 GiB with these defaults; below this much GPU memory the 1B is taken.
+# Below this much GPU memory the 1B is taken; to be set by measurement once a GPU has been at hand (benchmarks/gpu_shapes.py).
 GPU_GIB_FOR_3B = 10.0
 
 

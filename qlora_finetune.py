@@ -9,6 +9,7 @@ curves.png and a model card. Then: python qlora_inference.py "your review"
 
 from __future__ import annotations
 
+import os
 import time
 from functools import partial
 from typing import Sequence
@@ -43,6 +44,8 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = read_settings(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("several processes (accelerate launch, torchrun) are not supported yet; run it as one: python qlora_finetune.py")
     if settings.resume and (settings.output_dir / "report.json").exists():
         note(f"{settings.output_dir} holds a complete run; nothing to do (--overwrite trains again)")
         return
@@ -75,7 +78,7 @@ def show_hardware(settings: TrainSettings):
     from qlora.hardware import detect, environment
     from qlora.loading import default_model
 
-    hardware = detect()
+    hardware = detect(settings.precision)
     env = environment(hardware)
     note(f"device     {hardware.name}, {hardware.memory_gib:.0f} GiB")
     note(f"dtype      {env['dtype']}: {hardware.why}")
@@ -93,7 +96,7 @@ def choose_rows(settings: TrainSettings):
     from qlora.data import load_rows, split
 
     found = load_rows(settings.dataset)
-    if found.kind != "labels" and settings.objective == "sentiment" and found.kind == "text":
+    if found.kind == "text" and settings.objective == "sentiment":
         raise UsageError(f"--dataset {settings.dataset} has text but no labels: add --objective lm")
     if found.kind == "chat" and settings.objective == "lm":
         raise UsageError(f"--dataset {settings.dataset} holds conversations: leave --objective lm out (loss on the replies)")
@@ -198,7 +201,7 @@ def fit(settings: TrainSettings, base, hardware, model, train, guards):
         weight_decay=WEIGHT_DECAY,
         max_grad_norm=MAX_GRAD_NORM,
         bf16=hardware.device == "cuda" and hardware.dtype == torch.bfloat16,
-        fp16=hardware.device == "cuda" and hardware.dtype == torch.float16,
+        fp16=hardware.device == "cuda" and hardware.dtype == torch.float16,  # brings the gradient scaler
         use_cpu=hardware.device == "cpu",
         seed=settings.seed,
         logging_steps=1,
@@ -233,8 +236,6 @@ def fit(settings: TrainSettings, base, hardware, model, train, guards):
 
 def save_adapter(settings: TrainSettings, base, model, prompt) -> None:
     """Adapter, tokenizer and prompt; written aside, then moved, so that a full disk leaves no half file."""
-    import os
-
     from qlora.adapters import save_notes
     from qlora.training import staging
 
@@ -243,7 +244,7 @@ def save_adapter(settings: TrainSettings, base, model, prompt) -> None:
     with staging(settings.output_dir) as aside:
         model.save_pretrained(aside, save_embedding_layers=False)
         base.tokenizer.save_pretrained(aside)
-        save_notes(aside, prompt, base.info, {"name": settings.dataset, "seed": settings.seed})
+        save_notes(aside, prompt, base.info, {"name": settings.dataset, "seed": settings.seed, "eval_samples": settings.eval_samples})
         (aside / "README.md").unlink(missing_ok=True)  # PEFT's blank model card; ours comes with the report
         for path in aside.iterdir():
             os.replace(path, settings.output_dir / path.name)

@@ -38,11 +38,15 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = read_settings(argv)
-    # Adapters are checked before a model is loaded: a mistake there is told in a second.
+    from qlora.merging import claim_target, merge_into
+
+    # What can be checked without a model is checked before one is loaded.
     adapters = load_notes(settings)
+    if settings.merge:
+        claim_target(settings.merge)
     model, base, hardware = load(settings, adapters)
     if settings.merge:
-        merge(settings, adapters[0], model, base, hardware)
+        merge_into(settings.merge, settings.merge_base, adapters[0], model, base, hardware)
     elif settings.evaluate:
         evaluate(settings, adapters, model, base, hardware)
     elif settings.prompt is None and settings.prompts is None and sys.stdin.isatty():
@@ -66,17 +70,20 @@ def load_notes(settings: InferSettings):
 def load(settings: InferSettings, adapters):
     """Base (4-bit or not) with all adapters in it, the first one active."""
     from peft import PeftModel
+    from transformers import GenerationConfig
 
     from qlora.adapters import check_base
     from qlora.fast import speed_up_base, speed_up_lora
     from qlora.hardware import detect
     from qlora.loading import default_model, first_line, load_base
 
-    hardware = detect()
     trained = adapters[0].base if adapters else None
     name = settings.model if settings.model != "auto" else adapters[0].base_model if adapters else default_model(hardware)[0]
     precision = settings.precision if settings.precision != "auto" else trained.precision if trained else "nf4"
-    base = load_base(name, precision, hardware)
+    hardware = detect(precision)
+    pinned = trained.revision if trained and name == trained.name else None  # the hub's main branch may have moved on
+    base = load_base(name, precision, hardware, pinned or None)
+    base.model.generation_config = GenerationConfig()  # what a model ships (repetition penalty, top-p) would bend greedy and top-p 1
     note(f"base       {name} as {precision} on {hardware.name}")
     model = base.model
     speed_up_base(model)
@@ -86,14 +93,14 @@ def load(settings: InferSettings, adapters):
             note(f"note       {warning}")
         try:
             if adapter is adapters[0]:
-                model = PeftModel.from_pretrained(model, adapter.folder, adapter_name=adapter.name)
+                model = PeftModel.from_pretrained(model, adapter.folder, adapter_name=adapter.peft_name)
             else:
-                model.load_adapter(str(adapter.folder), adapter_name=adapter.name)
+                model.load_adapter(str(adapter.folder), adapter_name=adapter.peft_name)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:  # PEFT's words for what does not fit
             raise UserError(f"--adapter {adapter.folder} does not fit {name} ({first_line(error)})") from None
         note(f"adapter    {adapter.name}")
     if adapters:
-        model.set_adapter(adapters[0].name)
+        model.set_adapter(adapters[0].peft_name)
         speed_up_lora(model)
     return model.eval(), base, hardware
 
@@ -106,12 +113,11 @@ def to_ids(settings: InferSettings, adapter, base, text: str) -> list[int]:
     prompt = adapter.prompt if adapter else None
     if prompt and prompt.objective == "sentiment" and not settings.plain:
         ids = p.sentiment_prompt(base.tokenizer, prompt, text)
-        whole = len(base.tokenizer(text)["input_ids"])
-        if whole > prompt.max_length:
-            note(f"note       {whole} tokens: the model reads the end of it, as in training ({prompt.max_length} tokens in all)")
+        if len(base.tokenizer(p.clean(text))["input_ids"]) > len(ids):
+            note(f"note       longer than {prompt.max_length} tokens: the model reads the end of it, as in training")
         return ids
     if prompt and prompt.objective == "lm" and not settings.plain:
-        ids = base.tokenizer(text)["input_ids"]
+        ids = base.tokenizer(p.clean(text))["input_ids"]
     else:
         ids = p.render(base.tokenizer, [{"role": "user", "content": text}], True)
     limit = context_length(base.model)
@@ -211,7 +217,7 @@ def chat(settings: InferSettings, adapters, model, base) -> None:
             wanted = line.removeprefix("/use").strip()
             if wanted in names:
                 current = names[wanted]
-                model.set_adapter(wanted)
+                model.set_adapter(current.peft_name)
                 note(f"adapter    {wanted}")
             else:
                 note(f"no adapter '{wanted}'; loaded: {', '.join(names) or 'none'}")
@@ -235,38 +241,43 @@ def chat(settings: InferSettings, adapters, model, base) -> None:
 
 
 def evaluate(settings: InferSettings, adapters, model, base, hardware) -> None:
-    """Accuracy on held-out rows: those of the training run if it was the same dataset and seed."""
+    """Accuracy on held-out rows, with each adapter's own prompt; by default the rows that its training run held out."""
+    from qlora.data import load_rows, split
+
+    for adapter in adapters or [None]:
+        prompt = adapter.prompt if adapter else default_prompt()
+        if prompt is None or prompt.objective != "sentiment":
+            raise UserError("--evaluate scores answers to labelled rows; this adapter was not trained on labels")
+        trained = adapter.dataset if adapter else {"name": "imdb", "seed": settings.seed}
+        name = settings.dataset if settings.dataset != "auto" else trained["name"]
+        found = load_rows(name)
+        if found.kind != "labels" or found.answers != prompt.answers:
+            raise UsageError(f"--dataset {name}: answers {', '.join(found.answers) or 'none'}, but the adapter answers {', '.join(prompt.answers)}")
+        held_out = trained.get("eval_samples", settings.eval_samples)
+        # Held-out rows are drawn first, so more of them than the training run held out would be its training rows.
+        if name == trained["name"] and not found.held_out and settings.eval_samples > held_out:
+            raise UsageError(f"--eval-samples {settings.eval_samples}: {adapter.name} held out {held_out} rows of {name}; the next ones were trained on")
+        _, rows = split(found, 1, settings.eval_samples, trained["seed"])
+        note(f"data       {found.origin}: {len(rows)} held-out rows")
+        if adapter is None:
+            show_score(base, model, prompt, rows, "base", hardware)
+            return
+        model.set_adapter(adapter.peft_name)
+        if settings.compare:
+            with model.disable_adapter():
+                show_score(base, model, prompt, rows, "base", hardware)
+        show_score(base, model, prompt, rows, adapter.name, hardware)
+
+
+def show_score(base, model, prompt, rows, title, hardware) -> None:
     from qlora import evaluation as e
     from qlora.before_after import label_scores
-    from qlora.data import load_rows, split
     from qlora.report import percent
 
-    adapter = adapters[0] if adapters else None
-    prompt = adapter.prompt if adapter else default_prompt()
-    if prompt is None or prompt.objective != "sentiment":
-        raise UserError("--evaluate scores answers to labelled rows; this adapter was not trained on labels")
-    name = settings.dataset if settings.dataset != "auto" else (adapter.dataset.get("name", "imdb") if adapter else "imdb")
-    found = load_rows(name)
-    if found.kind != "labels" or found.answers != prompt.answers:
-        raise UsageError(f"--dataset {name}: answers {', '.join(found.answers) or 'none'}, but the adapter answers {', '.join(prompt.answers)}")
-    seed = adapter.dataset.get("seed", settings.seed) if adapter else settings.seed
-    _, rows = split(found, 1, settings.eval_samples, seed)
-    note(f"data       {found.origin}: {len(rows)} held-out rows")
-    truth = [row.label for row in rows]
-
-    def show(title):
-        scores = label_scores(hardware, base, model, prompt, rows, title)
-        result = e.accuracy_report(scores.argmax(1).tolist(), truth, prompt.answers)
-        print(f"{title:22} {percent(result['accuracy']):>6}   {percent(result['low'])} to {percent(result['high'])}  {result['confusion']}", flush=True)
-
-    if adapter is None:
-        show("base")
-    elif settings.compare:
-        with model.disable_adapter():
-            show("base")
-    for other in adapters:
-        model.set_adapter(other.name)
-        show(other.name)
+    scores = label_scores(hardware, base, model, prompt, rows, title)
+    result = e.accuracy_report(scores.argmax(1).tolist(), [row.label for row in rows], prompt.answers)
+    counts = ", ".join(f"{truth} read as {said} {n}" for truth, row in result["confusion"].items() for said, n in row.items())
+    print(f"{title:22} {percent(result['accuracy']):>6}   {percent(result['low'])} to {percent(result['high'])}   ({counts})", flush=True)
 
 
 def default_prompt():
@@ -274,12 +285,6 @@ def default_prompt():
     from qlora.prompts import PromptFormat
 
     return PromptFormat("sentiment", TrainSettings().max_length, SENTIMENT_SYSTEM, SENTIMENT_USER, SENTIMENT_ANSWERS)
-
-
-def merge(settings: InferSettings, adapter, model, base, hardware) -> None:
-    from qlora.merging import merge_into
-
-    merge_into(settings.merge, settings.merge_base, adapter, model, base, hardware)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,11 @@ class Adapter:
     def name(self) -> str:
         return self.folder.resolve().name
 
+    @property
+    def peft_name(self) -> str:
+        """torch allows no dots in a module's name."""
+        return self.name.replace(".", "_")
+
 
 def save_notes(folder: Path, prompt: PromptFormat, base: BaseInfo, dataset: dict) -> None:
     """qlora.json: the prompt travels with the adapter, and so does the identity of the base it was trained on."""

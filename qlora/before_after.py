@@ -21,7 +21,7 @@ from qlora.runs import write_json
 
 @contextlib.contextmanager
 def progress(rows: int, title: str) -> Iterator:
-    with tqdm(total=rows, desc=f"{title:22}", unit="row", mininterval=2) as bar:
+    with tqdm(total=rows, desc=title, unit="row", mininterval=2) as bar:
         yield bar.update
 
 

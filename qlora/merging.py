@@ -18,19 +18,23 @@ from qlora.loading import DTYPES, Base, load_base
 from qlora.prompts import render, sentiment_prompt
 
 
-def merge_into(out: Path, which: str, adapter: Adapter, model, base: Base, hardware: Hardware) -> None:
-    """Write `adapter` merged into its base as a plain model folder; `which` is "dequantized" or "original".
-
-    An adapter was trained against the 4-bit values. Merged into them (dequantized to 16 bits) it stays what it
-    was; merged into the original 16-bit weights it meets other weights than it was trained on (FACTS: QLoRA merges).
-    Both drifts are measured on the same prompts and printed. Raises UsageError if `out` is not empty.
-    """
+def claim_target(out: Path) -> None:
+    """Raises UsageError if `out` is there and not empty, or its parent can't be made."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--merge {out}: already there and not empty; take a new folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise UsageError(f"--merge {out}: can't be written ({error.strerror})") from None
+
+
+def merge_into(out: Path, which: str, adapter: Adapter, model, base: Base, hardware: Hardware) -> None:
+    """Write `adapter` merged into its base as a plain model folder; `which` is "dequantized" or "original".
+
+    An adapter was trained against the 4-bit values. Merged into them (dequantized to 16 bits) it stays what it
+    was; merged into the original 16-bit weights it meets other weights than it was trained on. Both drifts are
+    measured on the same prompts and printed.
+    """
     parameters = model.get_nb_trainable_parameters()[1]
     free, wanted = shutil.disk_usage(out.parent).free, int(2.2 * parameters)
     if free < wanted:
@@ -38,11 +42,13 @@ def merge_into(out: Path, which: str, adapter: Adapter, model, base: Base, hardw
     prompts = probe_prompts(adapter, base)
     reference = logits_of(model, prompts, hardware)
     other = "original" if which == "dequantized" else "dequantized"
+    merged = None
     for kind in (other, which):
+        del merged  # one 16-bit model at a time
         merged = merged_model(kind, adapter, base, hardware)
         drift = (logits_of(merged, prompts, hardware) - reference).norm() / reference.norm()
         chosen = "written" if kind == which else "not written"
-        note(f"merge      into the {kind} base: logits differ by {100 * drift:.2f}% from base + adapter as trained ({chosen})")
+        note(f"merge      into the {kind} weights: logits differ by {100 * drift:.2f}% from base + adapter as trained ({chosen})")
     staged = Path(tempfile.mkdtemp(dir=out.parent, prefix=".merge-"))
     try:
         merged.save_pretrained(staged)
@@ -78,7 +84,7 @@ def merged_model(which: str, adapter: Adapter, base: Base, hardware: Hardware):
 
     sixteen = base.info.dtype if base.info.dtype in ("bfloat16", "float16") else "bfloat16"
     name = {"bfloat16": "bf16", "float16": "fp16"}[sixteen]
-    plain = load_base(base.info.name, name, hardware).model
+    plain = load_base(base.info.name, name, hardware, base.info.revision or None).model
     if which == "dequantized":
         copy_dequantized(base.model, plain)
     merged = PeftModel.from_pretrained(plain, adapter.folder)

@@ -6,6 +6,7 @@ and it travels with the adapter (qlora.json), so that a prompt can't differ betw
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Sequence
 
@@ -42,18 +43,35 @@ def clean(text: str) -> str:
 def render(tokenizer, messages: Sequence[dict], add_generation_prompt: bool) -> list[int]:
     """Token ids of a conversation by the tokenizer's chat template; a plain layout where it has none."""
     if tokenizer.chat_template is None:
-        text = "\n\n".join(m["content"] for m in messages if m["role"] != "assistant")
-        replies = "".join(f"\n\nAnswer: {m['content']}{tokenizer.eos_token}" for m in messages if m["role"] == "assistant")
-        return tokenizer(text + (replies or ("\n\nAnswer:" if add_generation_prompt else "")))["input_ids"]
-    apply = dict(tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False)
+        parts = [f"Answer: {m['content']}{tokenizer.eos_token}" if m["role"] == "assistant" else m["content"] for m in messages]
+        return tokenizer("\n\n".join([*parts, "Answer:"] if add_generation_prompt else parts))["input_ids"]
+    if messages[0]["role"] == "system" and not takes_system(tokenizer.chat_template):
+        messages = [{**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}, *messages[2:]]
+    return _apply(tokenizer, messages, add_generation_prompt=add_generation_prompt, tokenize=True)
+
+
+def _apply(tokenizer, messages, **options):
+    # Llama 3's template writes today's date unless it is given one: an adapter would meet another prompt every day.
+    return tokenizer.apply_chat_template(list(messages), date_string="26 Jul 2024", return_dict=False, **options)
+
+
+@functools.lru_cache
+def takes_system(template: str) -> bool:
+    """Whether a chat template keeps a system message in its place, also when a reply follows.
+
+    Gemma's raises on it; Mistral's moves it to the last user message and drops it once that is answered.
+    """
+    from transformers import PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models
+
+    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), bos_token="<s>", eos_token="</s>", chat_template=template)
+    asked = [{"role": "system", "content": "SYSTEM"}, {"role": "user", "content": "USER"}]
     try:
-        return tokenizer.apply_chat_template(list(messages), **apply)
+        before = _apply(plain, asked, add_generation_prompt=True, tokenize=False)
+        after = _apply(plain, [*asked, {"role": "assistant", "content": "REPLY"}], tokenize=False)
     except jinja2.TemplateError:
-        # Some templates know no system role: put its text in front of the first user message.
-        if messages[0]["role"] != "system":
-            raise
-        first = {**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-        return tokenizer.apply_chat_template([first, *messages[2:]], **apply)
+        return False
+    return "SYSTEM" in before and after.startswith(before)
 
 
 def sentiment_messages(prompt: PromptFormat, text: str, examples: Sequence[tuple[str, int]] = ()) -> list[dict]:
@@ -78,9 +96,8 @@ def sentiment_prompt(tokenizer, prompt: PromptFormat, text: str, examples: Seque
     review itself is the same text in every column of the report.
     """
     text = clean(text)
-    # The answer and its end token: what max_length must leave room for.
-    room = prompt.max_length - answer_length(tokenizer, prompt)
-    frame = len(render(tokenizer, sentiment_messages(prompt, ""), True))
+    answer, frame = _lengths(tokenizer, prompt)
+    room = prompt.max_length - answer
     if frame >= room:
         raise UsageError(f"--max-length {prompt.max_length} leaves no room for a review: the question alone takes {frame} tokens")
     # Cutting inside a word can make it tokens longer when it is read again: cut until it fits.
@@ -98,8 +115,11 @@ def answer_ids(tokenizer, prompt: PromptFormat, label: int) -> list[int]:
     return reply_ids(tokenizer, messages, prompt.answers[label])
 
 
-def answer_length(tokenizer, prompt: PromptFormat) -> int:
-    return max(len(answer_ids(tokenizer, prompt, label)) for label in range(len(prompt.answers)))
+@functools.lru_cache
+def _lengths(tokenizer, prompt: PromptFormat) -> tuple[int, int]:
+    """Tokens of the longest answer and of the question without a review; the same for every row."""
+    answer = max(len(answer_ids(tokenizer, prompt, label)) for label in range(len(prompt.answers)))
+    return answer, len(render(tokenizer, sentiment_messages(prompt, ""), True))
 
 
 def end_ids(tokenizer) -> set[int]:

@@ -134,6 +134,7 @@ class Watch(TrainerCallback):
         self.trainer: QLoRATrainer | None = None
         self.bar: tqdm | None = None
         self.updates = 0
+        self.checked = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.history = [h for h in state.log_history if "loss" in h]
@@ -143,9 +144,13 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         # Warm-up starts at a rate of zero, so B leaves zero in the second update; A's gradient is zero while B is.
-        # With a scaler (fp16) the first updates may be skipped as overflows: give it time.
+        # With a scaler (fp16) an update whose gradients overflowed is skipped: look at the next.
         self.updates += 1
-        if self.updates == (3 if self.trainer.accelerator.scaler is None else 20):
+        if self.checked or self.updates < 3:
+            return
+        norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+        if all(norm.isfinite() for norm in norms):
+            self.checked = True
             g.all_matrices_learn(self.guards, model)
 
     def on_step_end(self, args, state, control, **kwargs):
