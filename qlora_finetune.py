@@ -14,7 +14,7 @@ import time
 from functools import partial
 from typing import Sequence
 
-from config import LR_SCHEDULER, MAX_GRAD_NORM, WARMUP_RATIO, WEIGHT_DECAY, TrainSettings
+from config import LR_SCHEDULER, MAX_GRAD_NORM, PAD_MULTIPLE, WARMUP_RATIO, WEIGHT_DECAY, TrainSettings
 from qlora.cli import UsageError, note, parse, require, run
 from qlora.runs import begin, claim, saved_settings
 
@@ -215,7 +215,7 @@ def fit(settings: TrainSettings, base, hardware, model, train, guards):
         watch = Watch(guards, interrupt)
         trainer = QLoRATrainer(
             model=model, args=args, train_dataset=train, processing_class=base.tokenizer, callbacks=[watch],
-            data_collator=partial(collate, pad_id=base.tokenizer.pad_token_id),
+            data_collator=partial(collate, pad_id=base.tokenizer.pad_token_id, multiple=PAD_MULTIPLE),
         )
         trainer.remove_callback(PrinterCallback)
         watch.trainer = trainer

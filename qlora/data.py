@@ -240,13 +240,14 @@ class LengthBatches(torch.utils.data.Sampler):
         return iter([i for batch in shuffled + rest for i in batch])
 
 
-def collate(examples: list[dict], pad_id: int) -> dict:
-    """Rows padded on the right: input_ids and labels (batch, tokens), and how many tokens are real.
+def collate(examples: list[dict], pad_id: int, multiple: int = 1) -> dict:
+    """Rows padded on the right to a multiple of `multiple`: input_ids and labels (batch, tokens), and how many are real.
 
     Padding is masked by position, never by token id: where the pad token is the end token (as in many GGUF
     files), masking by id would hide the end of every answer and the model would never learn to stop.
     """
     longest = max(len(e["input_ids"]) for e in examples)
+    longest += -longest % multiple
     input_ids = torch.full((len(examples), longest), pad_id)
     labels = torch.full((len(examples), longest), IGNORE)
     for row, example in enumerate(examples):

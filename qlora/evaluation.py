@@ -9,6 +9,7 @@ from typing import Callable, Sequence
 import numpy as np
 import torch
 
+from config import PAD_MULTIPLE
 from qlora.data import Row, collate
 from qlora.logits import causal_lm, hidden_states
 from qlora.prompts import IGNORE
@@ -65,7 +66,7 @@ def _score(model, prompts, continuations, autocast, progress, firsts) -> np.ndar
         if prefix:
             cache = hidden_states(model, torch.tensor([rows[0][:prefix]], device=device), use_cache=True).past_key_values
         for batch in _by_length(rows, prefix, device.type):
-            ids = collate([{"input_ids": rows[i][prefix:], "labels": []} for i in batch], 0)["input_ids"].to(device)
+            ids = collate([{"input_ids": rows[i][prefix:], "labels": []} for i in batch], 0, PAD_MULTIPLE)["input_ids"].to(device)
             past = copy.deepcopy(cache)
             if past is not None:
                 past.batch_repeat_interleave(len(batch))

@@ -43,6 +43,13 @@ def test_messages_and_text_alone(tmp_path):
     assert d.load_rows(write(tmp_path, "plain.csv", [{"text": "some words"}])).kind == "text"
 
 
+def test_one_missing_label_does_not_rename_the_others(tmp_path):
+    # pandas reads 1, 0 and a blank as 1.0, 0.0 and NaN; the answers would become "1.0" and "0.0"
+    (tmp_path / "gap.csv").write_text("text,label\na film,1\nb film,0\nc film,\n")
+    found = d.load_rows(str(tmp_path / "gap.csv"))
+    assert found.answers == ("Negative", "Positive") and [r.label for r in found.rows] == [1, 0]
+
+
 def test_duplicates_go_before_the_split(tmp_path):
     # 20 different texts, 5 of them twice (once with spaces and HTML breaks around)
     rows = LABELLED + [{"text": f" review number {i}<br />", "label": i % 2} for i in range(5)]

@@ -84,6 +84,42 @@ def test_system_role_refused_by_template_moves_to_user(tokenizer, bundled_folder
     assert text == f"[user] {SENTIMENT_SYSTEM}\n\nFine.\n\nIs this review positive or negative?[assistant] "
 
 
+MISTRAL = (  # the shape of Mistral v0.3's: system text goes to the last message, and only if that is a user's
+    "{{ bos_token }}{% set system = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages %}"
+    "{% if m.role == 'user' %}[INST] {% if loop.last and system %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_template_that_drops_the_system_text_once_answered(bundled_folder):
+    from transformers import AutoTokenizer
+
+    other = AutoTokenizer.from_pretrained(bundled_folder)
+    other.chat_template = MISTRAL
+    ids, labels = p.sentiment_example(other, PROMPT, "Fine.", 1)
+    assert SENTIMENT_SYSTEM in other.decode(ids) and other.decode(ids).endswith("[/INST] Positive<|im_end|>")
+    assert p.takes_system(other.chat_template) is False
+
+
+def test_prompt_does_not_change_with_the_date(bundled_folder, monkeypatch):
+    # Llama 3.x writes today's date unless it is given one
+    from transformers import AutoTokenizer
+
+    other = AutoTokenizer.from_pretrained(bundled_folder)
+    other.chat_template = "{{ date_string if date_string is defined else strftime_now('%d %b %Y %f') }}" + other.chat_template
+    assert p.sentiment_prompt(other, PROMPT, "Fine.") == p.sentiment_prompt(other, PROMPT, "Fine.")
+    assert "26 Jul 2024" in other.decode(p.sentiment_prompt(other, PROMPT, "Fine."))
+
+
+def test_no_chat_template_keeps_turns_in_order(bundled_folder):
+    from transformers import AutoTokenizer
+
+    other = AutoTokenizer.from_pretrained(bundled_folder)
+    other.chat_template = None
+    talk = [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c?"}]
+    assert other.decode(p.render(other, talk, True)) == "a?\n\nAnswer: b<|im_end|>\n\nc?\n\nAnswer:"
+
+
 def test_no_chat_template_gets_a_plain_layout_with_end_token(tokenizer, bundled_folder):
     from transformers import AutoTokenizer
 

@@ -112,6 +112,11 @@ def test_evaluate_repeats_the_training_runs_score(trained):
     assert f"{100 * report['base_zero_shot']['accuracy']:.1f}%" in base and f"{100 * report['tuned']['accuracy']:.1f}%" in tuned
 
 
+def test_evaluate_refuses_to_score_training_rows(trained):
+    done = script(SCRIPTS[2], "--adapter", trained, "--evaluate", "--eval-samples", "9")
+    assert done.returncode == 2 and "the next ones were trained on" in done.stderr
+
+
 def test_merged_model_is_plain_and_keeps_its_answers(trained, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

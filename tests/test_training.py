@@ -90,7 +90,7 @@ def test_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, harm, capsys
 
 
 def test_nan_stops_the_run_with_its_fix(tiny_folder, tmp_path):
-    # Trainer's default logs 0 where the loss is NaN (logging_nan_inf_filter): the guard has to see the NaN itself
+    # A NaN in the frozen weights: the first guard to look must stop the run, in one line
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -102,3 +102,20 @@ def test_nan_stops_the_run_with_its_fix(tiny_folder, tmp_path):
     done = script("qlora_finetune.py", "--model", bad, "--output-dir", tmp_path / "run", *SMALL_RUN)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("error: guard ")], done.stderr
+
+
+def test_nan_during_training_is_seen(tiny_folder, tmp_path, monkeypatch):
+    # Trainer's default logs 0 where the loss is NaN (logging_nan_inf_filter): planted in the third step, after all checks
+    import qlora_finetune
+    from qlora.guards import GuardError
+
+    real, calls = t.QLoRATrainer.training_step, []
+
+    def spoiled(self, *args, **kwargs):
+        calls.append(1)
+        return real(self, *args, **kwargs) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(t.QLoRATrainer, "training_step", spoiled)
+    with pytest.raises(GuardError, match="guard 'finite': loss is nan at step 3"):
+        qlora_finetune.main(["--model", str(tiny_folder), "--output-dir", str(tmp_path / "run"), *SMALL_RUN])
+    assert t.last_complete(tmp_path / "run").name == "checkpoint-2"
