@@ -20,24 +20,18 @@ LoraVariant = Literal["lora", "rslora", "dora"]
 
 # --- models -----------------------------------------------------------------
 
-@dataclass(frozen=True)
-class ModelPreset:
-    hub_id: str
-    # Where the main branch holds pickles only (OPT): the hub's own conversion to safetensors. Unpickling runs code.
-    revision: Optional[str] = None
-
-
 BUNDLED = "smollm2-135m"
 
-MODELS: dict[str, ModelPreset] = {
-    BUNDLED: ModelPreset("HuggingFaceTB/SmolLM2-135M-Instruct"),
-    "llama-3.2-1b": ModelPreset("meta-llama/Llama-3.2-1B-Instruct"),
-    "llama-3.2-3b": ModelPreset("meta-llama/Llama-3.2-3B-Instruct"),
-    "llama-3.1-8b": ModelPreset("meta-llama/Llama-3.1-8B-Instruct"),
-    "qwen2.5-0.5b": ModelPreset("Qwen/Qwen2.5-0.5B-Instruct"),
-    "qwen2.5-3b": ModelPreset("Qwen/Qwen2.5-3B-Instruct"),
-    "mistral-7b": ModelPreset("mistralai/Mistral-7B-Instruct-v0.3"),
-    "opt-350m": ModelPreset("facebook/opt-350m"),
+# --model NAME -> hub id. Llama is gated: its licence has to be accepted on the hub first.
+MODELS = {
+    BUNDLED: "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
+    "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
+    "opt-350m": "facebook/opt-350m",
 }
 
 # Below this much GPU memory the 1B is taken; to be set by measurement once a GPU has been at hand (benchmarks/gpu_shapes.py).

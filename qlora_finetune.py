@@ -46,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = read_settings(argv)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("several processes (accelerate launch, torchrun) are not supported yet; run it as one: python qlora_finetune.py")
-    if settings.resume and (settings.output_dir / "report.json").exists():
-        note(f"{settings.output_dir} holds a complete run; nothing to do (--overwrite trains again)")
-        return
     with claim(settings):
-        train_and_report(settings)
+        if settings.resume and (settings.output_dir / "report.json").exists():
+            note(f"{settings.output_dir} holds a complete run; nothing to do (--overwrite trains again)")
+        else:
+            train_and_report(settings)
 
 
 def train_and_report(settings: TrainSettings) -> None:

@@ -37,24 +37,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def quantize(settings: DemoSettings):
-    """Load the weights in 16 bits, then as `--precision`, and compare the bytes that each holds."""
+    """Load the weights as `--precision` and compare their bytes with what 16 bits would take."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
     from qlora.hardware import detect
     from qlora.loading import DTYPES, default_model, locate, never_repack, refuse_pickles
 
-    hardware = detect()
+    hardware = detect(settings.precision)
     name = settings.model if settings.model != "auto" else default_model(hardware)[0]
     note(f"device     {hardware.name}; {str(hardware.dtype).removeprefix('torch.')}: {hardware.why}")
     folder = locate(name)[0]
     refuse_pickles(folder)
     options = dict(device_map={"": hardware.device}, use_safetensors=True, local_files_only=True)
 
-    full = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
-    before = full.get_memory_footprint()
-    parameters = full.num_parameters()
-    del full
+    with torch.device("meta"):  # shapes only: what 16 bits would take, without taking it
+        full = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True), dtype=torch.bfloat16)
+    before, parameters = full.get_memory_footprint(), full.num_parameters()
 
     # load_in_4bit=True alone would mean fp4, fp32 products and no double quantization.
     four_bit = BitsAndBytesConfig(
@@ -69,6 +68,7 @@ def quantize(settings: DemoSettings):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config, **options).eval()
     seconds = time.perf_counter() - started
     never_repack(model)
+    model.generation_config = GenerationConfig()  # what a model ships (top-p, repetition penalty) would bend the temperatures
 
     after = model.get_memory_footprint()
     print(f"{name}: {parameters:,} parameters")

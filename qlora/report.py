@@ -35,6 +35,7 @@ def accuracy_table(evaluation: dict) -> list[tuple[str, str, str]]:
 def build_report(settings, hardware, base, model, found, train, guards, trainer, history, seconds, evaluation, started) -> dict:
     """All that report.json holds; every figure is a measurement of this run."""
     trainable, total = model.get_nb_trainable_parameters()
+    adapter_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     losses = [h["loss"] for h in history] or [float("nan")]
     return {
         "environment": environment(hardware),
@@ -49,10 +50,10 @@ def build_report(settings, hardware, base, model, found, train, guards, trainer,
             "duplicates_removed": found.duplicates_removed,
         },
         "lora": {"trainable_parameters": trainable, "all_parameters": total, "percent": 100 * trainable / total,
-                 "bytes": sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)},
+                 "bytes": adapter_bytes},
         "memory": {"predicted_peak_bytes": None, "measured_peak_bytes": peak_memory_bytes(hardware.device),
                    "what": "process, resident" if hardware.device == "cpu" else "CUDA allocator",
-                   "weights_bytes": base.model.get_memory_footprint()},
+                   "weights_bytes": base.model.get_memory_footprint() - adapter_bytes},
         # Of this process: after --resume, the steps since then.
         "train": {"steps": trainer.state.global_step, "seconds": seconds, "real_tokens": trainer.real_tokens,
                   "tokens_per_second": trainer.real_tokens / seconds,
@@ -171,7 +172,8 @@ def draw_curves(path: Path, history: list[dict], report: dict) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), dpi=110)
     left.plot(steps, losses, color="#bbbbbb", linewidth=0.8, label="each step")
     left.plot(steps, smooth, color="#0072b2", linewidth=2, label="smoothed (0.9)")
-    left.set(title="training loss", xlabel="optimizer step", ylabel="cross-entropy per supervised token (nats)")
+    left.set(title="training loss", xlabel="optimizer step", ylabel="nats per supervised token")
+    left.set_yscale("log")  # the first steps learn the answer's form, ten times the loss of what follows
     left.legend(frameon=False)
     right.plot(steps, [h.get("grad_norm", float("nan")) for h in history], color="#d55e00", linewidth=1)
     right.set(title="gradient norm before clipping", xlabel="optimizer step", ylabel="norm of all LoRA gradients")

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# Two workers, one thread each: most of the time goes into starting scripts, which uses one core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 

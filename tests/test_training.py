@@ -67,10 +67,15 @@ def test_ctrl_c_saves_and_says_how_to_resume(uninterrupted, tiny_folder, tmp_pat
 
 
 def test_resume_of_a_complete_run_changes_nothing(uninterrupted):
-    before = {p.name: p.stat().st_mtime_ns for p in uninterrupted.iterdir() if p.is_file()}
+    def state():
+        return {p.name: p.stat().st_mtime_ns for p in uninterrupted.iterdir() if p.is_file() and p.name != ".lock"}
+
+    before = state()
     done = script("qlora_finetune.py", "--output-dir", uninterrupted, "--resume")
     assert done.returncode == 0 and "nothing to do" in done.stderr
-    assert {p.name: p.stat().st_mtime_ns for p in uninterrupted.iterdir() if p.is_file()} == before
+    assert state() == before
+    other = script("qlora_finetune.py", "--output-dir", uninterrupted, "--resume", "--epochs", "3")
+    assert other.returncode == 2 and "--epochs 1.0 -> 3.0" in other.stderr
 
 
 @pytest.mark.parametrize("harm", ["truncate", "delete optimizer", "no manifest"])
