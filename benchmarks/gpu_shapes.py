@@ -51,7 +51,7 @@ def random_nf4(shape: dict, device: str, dtype):
             if parameter.is_meta:
                 setattr(module, name, torch.nn.Parameter(torch.randn(parameter.shape, device=device, dtype=dtype) * 0.02 if parameter.dim() > 1 else torch.ones_like(parameter, device=device)))
     model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config, device=device)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.is_loaded_in_4bit = True
     return model
 

@@ -27,7 +27,7 @@ from qlora.hub import snapshot
 # Says on each load that a CPU kernel could be fetched from the hub; it is not wanted (see never_repack).
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 # transformers warns of its own calls between two of its names for activation checkpointing.
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 

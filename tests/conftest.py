@@ -77,6 +77,6 @@ SMALL_RUN = ("--samples", "16", "--eval-samples", "8", "--max-length", "64", "--
 def trained(tmp_path_factory, tiny_folder) -> Path:
     """A complete run of qlora_finetune.py on the tiny model."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    done = script("qlora_finetune.py", "--model", tiny_folder, "--output-dir", out, *SMALL_RUN)
+    done = script("qlora_finetune.py", "--model", tiny_folder, "--output-dir", out, *SMALL_RUN, "--learning-rate", "0.005")
     assert done.returncode == 0, done.stderr
     return out
