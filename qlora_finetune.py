@@ -184,7 +184,7 @@ def check_start(guards, settings: TrainSettings, hardware, model, train) -> str:
 def fit(settings: TrainSettings, base, hardware, model, train, guards):
     import torch
     from transformers import TrainingArguments
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from transformers.trainer_callback import PrinterCallback
 
     from qlora.data import collate
     from qlora.training import Interrupt, QLoRATrainer, Watch, last_complete

@@ -78,9 +78,9 @@ def load(settings: InferSettings, adapters):
     from qlora.loading import default_model, first_line, load_base
 
     trained = adapters[0].base if adapters else None
-    name = settings.model if settings.model != "auto" else adapters[0].base_model if adapters else default_model(hardware)[0]
     precision = settings.precision if settings.precision != "auto" else trained.precision if trained else "nf4"
     hardware = detect(precision)
+    name = settings.model if settings.model != "auto" else adapters[0].base_model if adapters else default_model(hardware)[0]
     pinned = trained.revision if trained and name == trained.name else None  # the hub's main branch may have moved on
     base = load_base(name, precision, hardware, pinned or None)
     base.model.generation_config = GenerationConfig()  # what a model ships (repetition penalty, top-p) would bend greedy and top-p 1

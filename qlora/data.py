@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from config import PACKAGED_DATASETS, PACKAGED_REVIEWS, SENTIMENT_ANSWERS
-from qlora.cli import UsageError, UserError
+from qlora.cli import UsageError
 from qlora.fetch import fetch
 from qlora.prompts import IGNORE, clean
 

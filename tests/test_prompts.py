@@ -1,7 +1,5 @@
 """Prompts: the same ids in training, evaluation and inference, and those of the chat template."""
 
-from pathlib import Path
-
 import pytest
 
 from config import FEW_SHOT, SENTIMENT_ANSWERS, SENTIMENT_SYSTEM, SENTIMENT_USER, InferSettings

@@ -104,6 +104,12 @@ def test_compare_and_base_alone(trained, tiny_folder):
     assert alone.returncode == 0 and alone.stdout, alone.stderr
 
 
+def test_base_alone_needs_no_model_flag():
+    # once a NameError: the default model was asked for before the hardware was known
+    done = script(SCRIPTS[2], "--adapter", "none", "--max-new-tokens", "2", "Hello")
+    assert done.returncode == 0 and done.stdout.strip() and "base       " in done.stderr, done.stderr
+
+
 def test_evaluate_repeats_the_training_runs_score(trained):
     done = script(SCRIPTS[2], "--adapter", trained, "--evaluate", "--compare", "--eval-samples", "8")
     report = json.loads((trained / "report.json").read_text())["evaluation"]
