@@ -71,6 +71,10 @@ PACKAGED_REVIEWS = PackagedFile(
 PACKAGED_DATASETS = {"imdb": "imdb", "rotten_tomatoes": "rotten_tomatoes"}
 
 
+# --target-modules NAME -> modules and rank: the course's small adapter, and one with room for a hard task.
+NAMED_ADAPTERS = {"lite": ("attention", 32), "full": ("all-linear", 256)}
+
+
 # --- prompts ------------------------------------------------------------------
 
 # Short, because every row pays for these tokens again; benchmarks/recipe.md has what else was tried.
@@ -133,7 +137,7 @@ class TrainSettings:
     lora_alpha: Optional[int] = None
     # Dropout before A. A single epoch needs none, and zero takes the fast path.
     lora_dropout: float = 0.0
-    # all-linear, attention, or names of modules separated by commas, e.g. q_proj,v_proj.
+    # all-linear, attention, names of modules separated by commas (q_proj,v_proj), lite (attention, r 32) or full (all-linear, r 256).
     target_modules: str = "all-linear"
     # LoRA flavour, as PEFT offers them.
     lora_variant: LoraVariant = "lora"
@@ -189,25 +193,52 @@ class InferSettings:
     seed: int = 42
 
 
+# What `--compare` can be given; torchao is optional: pip install -r requirements-bench.txt.
+COMPARABLE = ("fp32", "bf16", "fp16", "int8", "fp4", "nf4", "nf4-dq", "torchao-int8wo", "torchao-int8dyn", "torchao-int4wo", "torchao-fp8")
+
+
 @dataclass
 class DemoSettings:
     # Preset, hub id, local folder or .gguf file. auto: Llama 3.2 on a GPU, the bundled SmolLM2-135M otherwise.
     model: str = "auto"
-    # How to hold the weights.
+    # How to hold the weights (of every part but --compare).
     precision: Precision = "nf4"
+    # Only this part: one number and one block of 64 weights in every data type, bits spelled out.
+    datatypes: bool = False
+    # Only this part: the model's outline with shapes, dtypes and bytes.
+    architecture: bool = False
+    # Only this part: what LoRA adds, module type by module type; from the config alone, or of --adapter.
+    ledger: bool = False
+    # Only this part: untrained LoRA equals the base, and what filling B with noise would do.
+    untrained: bool = False
+    # Only this part: next-token distributions at several temperatures, top-p and top-k.
+    sampling: bool = False
+    # Only this part: will it fit? Bytes of training, inference and merging, counted without loading anything.
+    plan: bool = False
+    # Only this part: precisions side by side; give names for a subset, none for what this hardware runs.
+    compare: Optional[tuple[str, ...]] = None
     # What to sample from.
     prompt: str = "The best thing about small language models is"
-    # Rank of the untrained adapter.
+    # Held-out IMDB rows for the zero-shot accuracy of --compare.
+    eval_samples: int = 32
+    # --plan: tokens per row, rows per step.
+    max_length: int = 256
+    batch_size: int = 4
+    # --plan: recompute activations in the backward pass.
+    gradient_checkpointing: bool = False
+    # Rank of the adapter.
     lora_r: int = 16
     # The update is scaled by alpha/r. Default: 2r.
     lora_alpha: Optional[int] = None
     # Dropout before A; off while sampling anyway.
     lora_dropout: float = 0.0
-    # all-linear, attention, or names of modules separated by commas.
+    # all-linear, attention, names of modules separated by commas, lite (attention, r 32) or full (all-linear, r 256).
     target_modules: str = "all-linear"
     # LoRA flavour, as PEFT offers them.
     lora_variant: LoraVariant = "lora"
-    # Tokens per sample.
-    max_new_tokens: int = 40
+    # --ledger: a trained adapter's folder, for the size and effective rank of its updates.
+    adapter: Optional[Path] = None
     # Makes the samples repeatable.
     seed: int = 42
+    # Where quantization.json and the pictures go.
+    output_dir: Path = Path("quant-out")

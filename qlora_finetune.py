@@ -14,7 +14,7 @@ import time
 from functools import partial
 from typing import Sequence
 
-from config import LR_SCHEDULER, MAX_GRAD_NORM, PAD_MULTIPLE, WARMUP_RATIO, WEIGHT_DECAY, TrainSettings
+from config import LR_SCHEDULER, MAX_GRAD_NORM, NAMED_ADAPTERS, PAD_MULTIPLE, WARMUP_RATIO, WEIGHT_DECAY, TrainSettings
 from qlora.cli import UsageError, note, parse, require, run
 from qlora.runs import begin, claim, saved_settings
 
@@ -25,6 +25,8 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
     if settings.resume and (earlier := saved_settings(settings.output_dir, TrainSettings)):
         settings = parse(TrainSettings, argv, __doc__, default=earlier)
     s = settings
+    if s.target_modules in NAMED_ADAPTERS:
+        s.target_modules, s.lora_r = NAMED_ADAPTERS[s.target_modules]
     require(s.samples > 0, f"--samples {s.samples}: at least 1 row is needed to train on")
     require(s.eval_samples > 0, f"--eval-samples {s.eval_samples}: at least 1 row is needed to score")
     require(0 < s.epochs < float("inf"), f"--epochs {s.epochs}: must be above 0")
@@ -60,6 +62,7 @@ def train_and_report(settings: TrainSettings) -> None:
     started = time.perf_counter()
     hardware = show_hardware(settings)
     train_rows, held_out, found = choose_rows(settings)
+    predicted = predict_memory(settings, hardware, found)
     base = load(settings, hardware)
     prompt, train, held_out_examples = encode(settings, base, train_rows, held_out, found)
     guards = check_data(base, prompt, train)
@@ -71,7 +74,7 @@ def train_and_report(settings: TrainSettings) -> None:
     save_adapter(settings, base, model, prompt)
     check_end(guards, settings, hardware, model, train, frozen)
     evaluation = score_after(hardware, base, model, prompt, held_out, held_out_examples, before)
-    finish(settings, hardware, base, model, found, train, guards, trainer, watch, seconds, evaluation, started)
+    finish(settings, hardware, base, model, found, train, guards, trainer, watch, seconds, evaluation, predicted, started)
 
 
 def show_hardware(settings: TrainSettings):
@@ -104,6 +107,28 @@ def choose_rows(settings: TrainSettings):
     note(f"data       {found.origin}: {len(found.rows)} different rows ({found.duplicates_removed} duplicates removed), "
          f"{len(train_rows)} to train, {len(held_out)} held out")
     return train_rows, held_out, found
+
+
+def predict_memory(settings: TrainSettings, hardware, found) -> dict | None:
+    """What the widest training step will hold, counted on tensors without data; None where a model can't be planned."""
+    from qlora.ledger import model_config
+    from qlora.loading import first_line
+    from qlora.memory import predict, predict_training
+    from qlora.plan import capacity, training_job
+
+    job = training_job(settings, hardware, every_token=settings.objective == "lm" or found.kind == "chat")
+    try:
+        predicted = predict(predict_training, model_config(settings.model)[0], job)
+    except UsageError:
+        raise
+    except Exception as error:  # what does not build without data can be trained all the same
+        note(f"memory     not predicted: {first_line(error)}")
+        return None
+    parts = ", ".join(f"{kind.replace('_', ' ')} {size / 1e9:.2f}" for kind, size in predicted.items() if kind != "peak" and size > 5e6)
+    note(f"memory     {predicted['peak'] / 1e9:.2f} GB predicted in a training step ({parts})")
+    if predicted["peak"] > capacity(hardware):
+        note(f"           that is more than this machine's {capacity(hardware) / 1e9:.1f} GB: see python quant_llama32_4bit_lora.py --plan --model {settings.model}")
+    return predicted
 
 
 def load(settings: TrainSettings, hardware):
@@ -257,11 +282,12 @@ def check_end(guards, settings: TrainSettings, hardware, model, train, frozen: s
     g.reloads_same(guards, model, settings.output_dir, g.probe_batch(model, train)["input_ids"], hardware.autocast)
     note(f"guards     {len(guards.results)} of {len(guards.results)} held")
 
-def finish(settings, hardware, base, model, found, train, guards, trainer, watch, seconds, evaluation, started) -> None:
+
+def finish(settings, hardware, base, model, found, train, guards, trainer, watch, seconds, evaluation, predicted, started) -> None:
     """Write the record, show what matters of it, say what to do next."""
     from qlora import report as r
 
-    report = r.build_report(settings, hardware, base, model, found, train, guards, trainer, watch.history, seconds, evaluation, started)
+    report = r.build_report(settings, hardware, base, model, found, train, guards, trainer, watch.history, seconds, evaluation, predicted, started)
     r.write_report(settings.output_dir, report, watch.history)
     r.show_result(report)
     out = settings.output_dir

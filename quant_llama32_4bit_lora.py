@@ -1,56 +1,89 @@
-"""Quantize a Llama to 4 bits, add an untrained LoRA adapter, and look at what each step did.
+"""See what 4 bits do to a Llama, what LoRA adds, and what fits into memory, before training anything.
 
-    python quant_llama32_4bit_lora.py
-    python quant_llama32_4bit_lora.py --precision fp4 --target-modules attention --lora-r 32
+    python quant_llama32_4bit_lora.py                                    # every part, a few minutes
+    python quant_llama32_4bit_lora.py --plan --model llama-3.1-8b        # one part; needs no weights
+    python quant_llama32_4bit_lora.py --compare nf4 bf16 torchao-int8wo  # precisions side by side
 
-No data, no training, nothing written. Next: python qlora_finetune.py
+Writes quantization.json and pictures into --output-dir (quant-out). Next: python qlora_finetune.py
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
-from collections import Counter
+from pathlib import Path
 from typing import Sequence
 
-from config import DemoSettings
-from qlora.cli import note, parse, require, run
+from config import COMPARABLE, NAMED_ADAPTERS, DemoSettings
+from qlora.cli import UsageError, note, parse, require, run
 
-TEMPERATURES = (0.0, 0.7, 1.5)
+PARTS = ("architecture", "untrained", "sampling", "datatypes", "ledger", "plan", "compare")  # in the order of the lesson
+COURSE_MODEL = "llama-3.2-3b"  # its figures are quoted everywhere: 12.9, 3.6 and 2.2 GB, or "1.6 GB, 8 times smaller"
+NEEDS_MODEL = ("architecture", "untrained", "sampling")  # the others load what they need themselves, or no weights at all
 
 
 def read_settings(argv: Sequence[str] | None) -> DemoSettings:
     s = parse(DemoSettings, argv, __doc__)
+    if s.target_modules in NAMED_ADAPTERS:
+        s.target_modules, s.lora_r = NAMED_ADAPTERS[s.target_modules]
     require(s.lora_r > 0, f"--lora-r {s.lora_r}: the rank must be at least 1")
     require(s.lora_alpha is None or s.lora_alpha > 0, f"--lora-alpha {s.lora_alpha}: must be above 0")
     require(0 <= s.lora_dropout < 1, f"--lora-dropout {s.lora_dropout}: at least 0, below 1")
-    require(s.max_new_tokens > 0, f"--max-new-tokens {s.max_new_tokens}: at least 1")
+    require(s.batch_size > 0, f"--batch-size {s.batch_size}: at least 1")
+    require(s.max_length >= 8, f"--max-length {s.max_length}: at least 8 tokens")
+    require(s.eval_samples > 0, f"--eval-samples {s.eval_samples}: at least 1 row is needed to score")
+    require(0 <= s.seed < 2**32, f"--seed {s.seed}: between 0 and 2**32 - 1")
     require(s.prompt.strip() != "", "--prompt: is empty")
+    for name in s.compare or ():
+        require(name in COMPARABLE, f"--compare {name}: no such precision; there are {', '.join(COMPARABLE)}")
+    require(not s.output_dir.exists() or s.output_dir.is_dir(), f"--output-dir {s.output_dir}: is a file; name a folder")
     return s
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = read_settings(argv)
-    model, tokenizer, hardware = quantize(settings)
-    model = add_untrained_lora(settings, model, tokenizer)
-    sample(settings, model, tokenizer)
+    parts = [p for p in PARTS if getattr(settings, p) not in (None, False)] or list(PARTS)
+    hardware = choose(settings)
+    results = {}
+    if set(parts) & set(NEEDS_MODEL):
+        model, tokenizer, results["load"] = quantize(settings, hardware)
+        results |= look_inside(parts, settings, model, tokenizer)
+        del model  # what follows wants a clean state
+    if "datatypes" in parts:
+        results["datatypes"] = look_at_numbers(settings, hardware)
+    results |= look_at_config(parts, settings, hardware)
+    if "compare" in parts:
+        results["compare"] = compare_precisions(settings, hardware)
+    save(settings, hardware, results)
     note("\nnext       python qlora_finetune.py")
 
 
-def quantize(settings: DemoSettings):
-    """Load the weights as `--precision` and compare their bytes with what 16 bits would take."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
-
+def choose(settings: DemoSettings):
     from qlora.hardware import detect
-    from qlora.loading import DTYPES, default_model, locate, never_repack, refuse_pickles
+    from qlora.loading import default_model
 
     hardware = detect(settings.precision)
-    name = settings.model if settings.model != "auto" else default_model(hardware)[0]
+    if settings.model == "auto":
+        settings.model = default_model(hardware)[0]
     note(f"device     {hardware.name}; {str(hardware.dtype).removeprefix('torch.')}: {hardware.why}")
-    folder = locate(name)[0]
-    refuse_pickles(folder)
-    options = dict(device_map={"": hardware.device}, use_safetensors=True, local_files_only=True)
+    return hardware
 
+
+def title(text: str) -> None:
+    print(f"\n{text}\n{'=' * len(text)}")
+
+
+def quantize(settings: DemoSettings, hardware):
+    """Load the weights as `--precision` and compare their bytes with what 16 bits would take."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from qlora.loading import DTYPES, locate, never_repack, refuse_pickles
+    from qlora.weights import held_bytes
+
+    folder = locate(settings.model)[0]
+    refuse_pickles(folder)
     with torch.device("meta"):  # shapes only: what 16 bits would take, without taking it
         full = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True), dtype=torch.bfloat16)
     before, parameters = full.get_memory_footprint(), full.num_parameters()
@@ -63,82 +96,134 @@ def quantize(settings: DemoSettings):
         bnb_4bit_compute_dtype=hardware.dtype,
     )
     config = {"nf4": four_bit, "fp4": four_bit, "int8": BitsAndBytesConfig(load_in_8bit=True)}.get(settings.precision)
-    dtype = DTYPES.get(settings.precision, hardware.dtype)
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config, **options).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=DTYPES.get(settings.precision, hardware.dtype), quantization_config=config,
+        device_map={"": hardware.device}, use_safetensors=True, local_files_only=True,
+    ).eval()
     seconds = time.perf_counter() - started
     never_repack(model)
-    model.generation_config = GenerationConfig()  # what a model ships (top-p, repetition penalty) would bend the temperatures
 
-    after = model.get_memory_footprint()
-    print(f"{name}: {parameters:,} parameters")
+    after = held_bytes(model.modules())  # get_memory_footprint() leaves out the block constants
+    title(f"{settings.model} in {settings.precision}")
+    print(f"{parameters:,} parameters")
     print(f"  in bf16   {before / 1e6:8.1f} MB   {8 * before / parameters:5.2f} bits per parameter")
     print(f"  in {settings.precision:5}  {after / 1e6:8.1f} MB   {8 * after / parameters:5.2f} bits per parameter   (loaded in {seconds:.1f} s)")
-    for (kind, stored), size in storage(model).most_common():
-        print(f"    {size / 1e6:8.1f} MB   {kind} as {stored}")
-    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True), hardware
+    result = {"parameters": parameters, "bf16_bytes": before, "bytes": after, "load_seconds": seconds}
+    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True), result
 
 
-def storage(model) -> Counter:
-    """Bytes per (module type, stored dtype); a 4-bit layer's block constants count as its own."""
-    sizes: Counter = Counter()
-    for module in model.modules():
-        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-            kind = type(module).__name__
-            if kind == "Linear" and module is model.get_output_embeddings() and tensor is model.get_input_embeddings().weight:
-                continue  # tied: the embedding's bytes again
-            sizes[kind, str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
-    return sizes
+def look_inside(parts: Sequence[str], settings: DemoSettings, model, tokenizer) -> dict:
+    """The parts that need the loaded model."""
+    s, results = settings, {}
+    if "architecture" in parts:
+        from qlora.outline import show_outline
+
+        title("Architecture: what is quantized and what is not")
+        results["architecture"] = show_outline(model)
+    if "untrained" in parts:
+        from qlora.untrained import show_untrained
+
+        title("Untrained LoRA: A is random, B is zero")
+        results["untrained"] = show_untrained(model, tokenizer, s.prompt, s.seed, s.lora_r, s.lora_alpha, s.target_modules, s.lora_variant)
+    if "sampling" in parts:
+        from qlora.sampling import draw_distribution, show_sampling
+
+        title("Sampling: temperature, top-p, top-k")
+        results["sampling"] = show_sampling(model, tokenizer, s.prompt, s.seed)
+        draw_distribution(picture(s, "next_token.png"), results["sampling"])
+    return results
 
 
-def add_untrained_lora(settings: DemoSettings, model, tokenizer):
-    """Add LoRA, print what it added, and show that the output is still exactly the base's."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import set_seed
+def look_at_numbers(settings: DemoSettings, hardware) -> dict:
+    """Data types on the 16-bit weights that quantization starts from, and on what flows between the layers."""
+    from qlora.activations import show_activations
+    from qlora.datatypes import show_datatypes, show_weight_errors
+    from qlora.loading import load_base
+    from qlora.pictures import draw_levels
+    from qlora.weights import linear_layers
 
-    from qlora.lora import resolve_targets
-
-    set_seed(settings.seed)
-    ids = tokenizer(settings.prompt, return_tensors="pt").input_ids.to(model.device)
-    with torch.inference_mode():
-        base_logits = model(input_ids=ids).logits
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=settings.lora_r, lora_alpha=settings.lora_alpha or 2 * settings.lora_r, lora_dropout=settings.lora_dropout,
-        target_modules=resolve_targets(model, settings.target_modules),
-        use_rslora=settings.lora_variant == "rslora", use_dora=settings.lora_variant == "dora",
-    )
-    model = get_peft_model(model, config).eval()
-    trainable, total = model.get_nb_trainable_parameters()
-    size = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    print(f"LoRA r={config.r}, alpha={config.lora_alpha} on {', '.join(sorted(config.target_modules))}")
-    print(f"  adds {trainable:,} parameters ({100 * trainable / total:.2f}% of all), {size / 1e6:.1f} MB in fp32")
-    a, b = next((m.lora_A["default"].weight, m.lora_B["default"].weight) for m in model.modules() if hasattr(m, "lora_A"))
-    print(f"  A {tuple(a.shape)} is random (std {a.std():.4f}), B {tuple(b.shape)} is zero (largest value {b.abs().max():.0f}), so BA = 0")
-    with torch.inference_mode():
-        lora_logits = model(input_ids=ids).logits
-    same = "exactly the base's, bit for bit" if torch.equal(base_logits, lora_logits) else f"off by up to {(base_logits - lora_logits).abs().max():.3g}"
-    print(f"  output with the untrained adapter: {same}")
-    return model
+    base = load_base(settings.model, "fp32" if settings.precision == "fp32" else "bf16", hardware)
+    name, layer = linear_layers(base.model)[0]
+    title("Data types: what each stores and gives back")
+    result = show_datatypes(layer.weight, name) | {"model": show_weight_errors(base.model), "activations": show_activations(base.model, base.tokenizer)}
+    draw_levels(picture(settings, "levels.png"), layer.weight, name)
+    return result
 
 
-def sample(settings: DemoSettings, model, tokenizer) -> None:
-    """The same prompt at three temperatures, seeded."""
-    import torch
-    from transformers import GenerationConfig, set_seed
+def look_at_config(parts: Sequence[str], settings: DemoSettings, hardware) -> dict:
+    """The parts that need a config alone: no weights, no download for the presets."""
+    from qlora import ledger, plan
 
-    inputs = tokenizer(settings.prompt, return_tensors="pt").to(model.device)
-    print(f"prompt: {settings.prompt}")
-    for temperature in TEMPERATURES:
-        set_seed(settings.seed)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-        config = GenerationConfig(max_new_tokens=settings.max_new_tokens, pad_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, **sampling)
-        started = time.perf_counter()
-        with torch.inference_mode():
-            out = model.generate(**inputs, generation_config=config)[0, inputs.input_ids.shape[1] :]
-        rate = len(out) / (time.perf_counter() - started)
-        kind = "greedy" if temperature == 0 else f"temperature {temperature}"
-        print(f"  {kind} ({rate:.0f} tokens/s): {' '.join(tokenizer.decode(out, skip_special_tokens=True).split())}")
+    if not {"ledger", "plan"} & set(parts):
+        return {}
+    s, results = settings, {}
+    config, where = ledger.model_config(s.model)
+    if "ledger" in parts:
+        frame = ledger.skeleton(config)
+        title("LoRA ledger: what an adapter adds")
+        results["ledger"] = ledger.ledger(frame, s.lora_r, s.lora_alpha, s.target_modules, s.lora_variant)
+        ledger.show_ledger(results["ledger"], s.model)
+        results["ledger"]["others"] = ledger.show_other_models()
+        if s.adapter:
+            results["ledger"]["trained"] = trained_updates(s, hardware)
+    if "plan" in parts:
+        title(f"Will it fit? {s.model} ({where})")
+        results["plan"] = {"footprints": plan.footprints(config), **plan.make_plan(config, plan.training_job(s, hardware), hardware)}
+        plan.show_footprints(s.model, results["plan"]["footprints"])
+        if s.model != COURSE_MODEL:
+            results["plan"]["course"] = plan.footprints(ledger.model_config(COURSE_MODEL)[0])
+            plan.show_footprints(COURSE_MODEL, results["plan"]["course"])
+        plan.show_plan(results["plan"], config)
+    return results
+
+
+def trained_updates(settings: DemoSettings, hardware) -> dict:
+    from qlora.adapters import read_adapter
+    from qlora.ledger import adapter_ledger, show_adapter_ledger
+    from qlora.loading import load_base
+
+    adapter = read_adapter(settings.adapter)
+    base = load_base(adapter.base.name, adapter.base.precision, hardware, adapter.base.revision or None)
+    result = adapter_ledger(settings.adapter, base.model)
+    show_adapter_ledger(result)
+    return result
+
+
+def compare_precisions(settings: DemoSettings, hardware) -> dict:
+    from qlora.compare import compare
+    from qlora.compare_pictures import draw_errors, draw_sizes
+    from qlora.precisions import default_precisions
+
+    title("Precisions side by side")
+    result = compare(settings.model, settings.compare or default_precisions(hardware), settings.eval_samples, settings.seed)
+    draw_sizes(picture(settings, "precisions.png"), result["rows"])
+    four_bit = next((p for p in ("nf4-dq", "nf4", "fp4", "torchao-int4wo") if p in result["errors"]), None)
+    if four_bit:
+        draw_errors(picture(settings, "errors.png"), result["errors"][four_bit], four_bit)
+    return result
+
+
+def picture(settings: DemoSettings, name: str) -> Path:
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    note(f"picture    {settings.output_dir / name}")
+    return settings.output_dir / name
+
+
+def save(settings: DemoSettings, hardware, results: dict) -> None:
+    """Each part with its settings into quantization.json; parts of earlier runs stay until they are run again."""
+    from qlora.hardware import environment
+    from qlora.runs import write_json
+
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    path = settings.output_dir / "quantization.json"
+    try:
+        earlier = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        raise UsageError(f"{path}: not JSON, so not written by this script; name another --output-dir") from None
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()}
+    write_json(path, earlier | {part: {"settings": given, "environment": environment(hardware), "result": result} for part, result in results.items()})
+    note(f"\nwritten    {path}")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def speed_up_base(lm) -> str:
             module.forward = types.MethodType(lambda self, x: RMSNorm.apply(x, self.weight, self.variance_epsilon), module)
         if type(module).__name__ in ("LlamaMLP", "MistralMLP", "Qwen2MLP") and lm.config.hidden_act == "silu":
             module.forward = types.MethodType(lambda self, x: self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x))), module)
-    dense = [_dense(m) for m in lm.modules() if getattr(getattr(m, "weight", None), "quant_state", None) is not None]
+    dense = [_dense(m) for m in lm.modules() if isinstance(m, torch.nn.Linear) and getattr(m.weight, "quant_state", None) is not None]
     if lm.config._attn_implementation == "sdpa":
         AttentionInterface.register("causal_products", attention)
         AttentionMaskInterface.register("causal_products", sdpa_mask)

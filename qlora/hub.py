@@ -23,6 +23,16 @@ def snapshot(hub_id: str, revision: str | None) -> tuple[Path, str]:
     return folder, folder.name  # the cache names a snapshot's folder by its commit
 
 
+def config_file(hub_id: str) -> Path:
+    """A hub model's config.json alone, for planning without weights; raises UserError with the way out."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(hub_id, "config.json"))
+    except Exception as error:
+        raise explain(error, hub_id, "model") from None
+
+
 def explain(error: Exception, name: str, kind: str) -> UserError:
     """A UserError for what the hub's client raised; re-raises what has nothing to do with the hub."""
     from huggingface_hub import errors

@@ -24,14 +24,17 @@ from qlora.fetch import fetch, sha256_of
 from qlora.hardware import Hardware
 from qlora.hub import snapshot
 
-# Says on each load that a CPU kernel could be fetched from the hub; it is not wanted (see never_repack).
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Said on each load: a CPU kernel could be fetched from the hub (not wanted, see never_repack). At each product: LLM.int8
+# computes in fp16. By torchao, where it is installed: its CUDA extensions do not load on a CPU, it registers an Enum twice.
+for chatty in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torchao", "torch.utils._pytree"):
+    logging.getLogger(chatty).setLevel(logging.ERROR)
 # transformers warns of its own calls between two of its names for activation checkpointing.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -103,6 +106,7 @@ def load_base(name: str, precision: str, hardware: Hardware, revision: str | Non
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     never_repack(model)
+    refuse_misread_rows(name, model)
     info = BaseInfo(name, public_name, revision, precision, str(dtype).removeprefix("torch."), config_sha256)
     return Base(model.eval(), tokenizer, info)
 
@@ -116,6 +120,17 @@ def never_repack(model) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def refuse_misread_rows(name: str, model) -> None:
+    """bitsandbytes 0.50.2 reads 4-bit weights back wrong on a CPU where rows are not whole blocks: 25% error instead of 9%."""
+    if model.device.type != "cpu":
+        return
+    for layer, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None and state.shape[-1] % state.blocksize:
+            raise UserError(f"{name}: {layer} is {state.shape[-1]} wide, not a multiple of {state.blocksize}, which 4 bits read back wrong on a CPU "
+                            "(bitsandbytes 0.50.2): take --precision int8 or bf16")
 
 
 def locate(name: str, revision: str | None = None) -> tuple[Path, str, str]:
@@ -134,7 +149,7 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, str, str]:
             raise UsageError(f"--model {name}: the folder has no config.json; expected a model as save_pretrained writes it")
         return path, str(path.resolve()), ""
     hub_id = MODELS.get(name, name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):
+    if not HUB_ID.fullmatch(hub_id):
         raise UsageError(f"--model {name}: no preset, hub id (owner/name), folder or .gguf file; presets: {', '.join(MODELS)}")
     folder, commit = snapshot(hub_id, revision)
     return folder, hub_id, commit

@@ -32,12 +32,21 @@ def hidden_states(model, input_ids, **kwargs):
     return getattr(lm, lm.base_model_prefix)(input_ids=input_ids, **kwargs)
 
 
-def loss_at_labels(lm) -> None:
+def labelled_positions(hidden, labels):
+    """hidden (batch, tokens, width) -> ((labelled, width), their targets): each position predicts the next token."""
+    targets = labels[:, 1:]
+    labelled = targets != IGNORE
+    # Selecting copies the few rows that matter; a slice would leave strides that make the head a batched product.
+    return hidden[:, :-1][labelled], targets[labelled]
+
+
+def loss_at_labels(lm, pick=labelled_positions) -> None:
     """Give `lm` a forward that, when labels come, makes logits at the labelled positions only.
 
     The loss is the model's own: mean cross-entropy over labelled positions, or their sum divided by
     `num_items_in_batch` when the Trainer gives it (so that gradient accumulation weighs every token alike).
-    Put on the model, not into a Trainer subclass, so that DDP and FSDP still see one forward call.
+    Put on the model, not into a Trainer subclass, so that DDP and FSDP still see one forward call. `pick` is another
+    where shapes have to be known before there are labels (memory.py).
     """
     original, head = lm.forward, lm.get_output_embeddings()
 
@@ -46,10 +55,7 @@ def loss_at_labels(lm) -> None:
             return original(input_ids=input_ids, **kwargs)
         kwargs.pop("use_cache", None)
         hidden = hidden_states(self, input_ids, use_cache=False, **kwargs).last_hidden_state
-        targets = labels[:, 1:]
-        labelled = targets != IGNORE
-        # Selecting copies the few rows that matter; a slice would leave strides that make the head a batched product.
-        picked, targets = hidden[:, :-1][labelled], targets[labelled]
+        picked, targets = pick(hidden, labels)
         total = sum(_chunk_loss(head, h, t) for h, t in zip(picked.split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS)))
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)

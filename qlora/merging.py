@@ -16,6 +16,7 @@ from qlora.guards import last_logits
 from qlora.hardware import Hardware
 from qlora.loading import DTYPES, Base, load_base
 from qlora.prompts import render, sentiment_prompt
+from qlora.weights import dequantized
 
 
 def claim_target(out: Path) -> None:
@@ -105,11 +106,7 @@ def copy_dequantized(quantized, plain) -> None:
     for name, module in quantized.named_modules():
         # Inside PEFT a layer's frozen part is called base_layer.
         target = layers.get(name.removesuffix(".base_layer"))
-        if isinstance(module, bnb.nn.Linear4bit):
-            values = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        elif isinstance(module, bnb.nn.Linear8bitLt):
-            weight, scale = module.weight, module.weight.SCB if module.weight.SCB is not None else module.state.SCB
-            values = weight.data.float() * scale.float()[:, None] / 127
-        else:
+        if not isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
             continue
+        values = dequantized(module)
         target.weight.data = values.to(target.weight.dtype).reshape(target.weight.shape)

@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
@@ -20,14 +21,17 @@ from qlora.cli import note
 from qlora.data import LengthBatches
 from qlora.fetch import sha256_of
 from qlora.hardware import return_freed_memory
+from qlora.live_bytes import LiveBytes
 
 MANIFEST = "complete.json"
 
 
 class QLoRATrainer(Trainer):
-    """HF Trainer with length-sorted batches, staged checkpoints and a count of real (unpadded) tokens."""
+    """HF Trainer with length-sorted batches, staged checkpoints, and counts of real (unpadded) tokens and of live bytes."""
 
     real_tokens = 0
+    peak_bytes = 0  # of tensors, in a step: on a GPU by its allocator, on a CPU counted in the widest steps so far
+    _widest = 0
     _staging: str | None = None
 
     def _get_train_sampler(self, train_dataset=None):
@@ -36,7 +40,22 @@ class QLoRATrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.real_tokens += inputs.pop("real_tokens")
-        return super().training_step(model, inputs, num_items_in_batch)
+        if self.args.device.type == "cuda":
+            if not self.peak_bytes:
+                torch.cuda.reset_peak_memory_stats()
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self.peak_bytes = torch.cuda.max_memory_allocated()
+            return loss
+        width = inputs["input_ids"].shape[1]
+        if width <= self._widest:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._widest = width if self.state.global_step else 0  # the first step has no optimizer state yet: look again
+        live = LiveBytes()
+        live.count_existing()
+        with live:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self.peak_bytes = max(self.peak_bytes, live.peak)
+        return loss
 
     def _get_output_dir(self, trial):
         return self._staging or super()._get_output_dir(trial)
