@@ -173,8 +173,9 @@ def add_lora(settings: TrainSettings, base):
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
-    from qlora.lora import resolve_targets, show_trainable
     from qlora.fast import speed_up_lora
+    from qlora.ledger import short_ledger
+    from qlora.lora import resolve_targets, show_trainable
 
     set_seed(settings.seed)  # draws A
     config = LoraConfig(
@@ -192,6 +193,8 @@ def add_lora(settings: TrainSettings, base):
     if settings.gradient_checkpointing:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     show_trainable(model)
+    for line in short_ledger(model):
+        note(f"           {line}")
     speed_up_lora(model)
     return model
 

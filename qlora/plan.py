@@ -60,13 +60,16 @@ def make_plan(config, job: Job, hardware: Hardware) -> dict:
     """Predictions for `job` on this machine, and verdicts for CARDS."""
     training, usable = predict(predict_training, config, job), capacity(hardware)
     fits = training["peak"] <= usable
+    twice = predict(predict_training, config, dataclasses.replace(job, batch_size=2 * job.batch_size))["peak"]
+    more = (usable - training["peak"]) / (twice - training["peak"])  # the peak is a straight line in the batch
     return {
         "job": {**dataclasses.asdict(job), "dtype": str(job.dtype).removeprefix("torch.")},
         "training": training,
         "inference": predict(predict_inference, config, dataclasses.replace(job, batch_size=1)),
         "merge": predict(predict_merge, config, job),
         "full_fine_tuning": 16 * skeleton(config, Job(precision="bf16"), lora=False).num_parameters(),  # fp32: weight, gradient, two moments
-        "machine": {"name": hardware.name, "capacity": usable, "fits": fits, "remedies": [] if fits else remedies(config, job, usable)},
+        "machine": {"name": hardware.name, "capacity": usable, "fits": fits, "largest_batch": max(0, min(job.batch_size + math.floor(more * job.batch_size), LARGEST_BATCH)),
+                    "remedies": [] if fits else remedies(config, job, usable)},
         "cards": cards(config, job),
     }
 
@@ -137,7 +140,8 @@ def show_plan(plan: dict, config) -> None:
     print(f"  inference, one prompt of {job['length']} tokens: {gb(inference['peak'])} GB (KV cache {inference['kv_cache'] / 1e6:.0f} MB; "
           f"{inference['kv_cache'] / job['length'] * context / 1e9:.2f} GB at the model's {context:,} tokens)")
     print(f"  merging: {gb(merge['ram'])} GB of memory, {gb(merge['disk'])} GB of disk")
-    print(f"  this machine, {machine['name']}, {gb(machine['capacity'])} GB for tensors: training {'fits' if machine['fits'] else 'DOES NOT FIT; instead'}")
+    print(f"  this machine, {machine['name']}, {gb(machine['capacity'])} GB for tensors: training {'fits' if machine['fits'] else 'DOES NOT FIT'}; "
+          f"largest batch at {job['length']} tokens: {machine['largest_batch']}")
     for remedy in machine["remedies"]:
         print(f"    {remedy['change']:<46}{gb(remedy['peak']):>7} GB, {'fits' if remedy['fits'] else 'does not fit'}; price: {remedy['price']}")
     batch, length = f"largest batch at {job['length']} tokens", f"largest length at batch {job['batch_size']}"

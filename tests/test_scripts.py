@@ -199,8 +199,7 @@ def test_gradient_checkpointing_and_accumulation(tiny_folder, tmp_path):
     assert json.loads((tmp_path / "run" / "report.json").read_text())["train"]["steps"] == 2
 
 
-def test_demo_untrained_adapter_is_the_base():
-    done = script(SCRIPTS[0], "--max-new-tokens", "8")
+def test_demo_untrained_adapter_is_the_base(tmp_path):
+    done = script(SCRIPTS[0], "--untrained", "--output-dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    assert "exactly the base's, bit for bit" in done.stdout and "134,515,008 parameters" in done.stdout
-    assert len([line for line in done.stdout.splitlines() if "tokens/s" in line]) == 3
+    assert "the base's, bit for bit" in done.stdout and "134,515,008 parameters" in done.stdout
