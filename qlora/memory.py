@@ -10,8 +10,9 @@ import copy
 import functools
 import gc
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -46,17 +47,23 @@ class Job:
 
 
 @contextmanager
-def no_data():
-    """FakeTensorMode in which tensors that libraries keep for later are not mistaken for real ones."""
+def no_data(gpu: bool = False):
+    """FakeTensorMode in which tensors that libraries keep for later are not mistaken for real ones.
+
+    The tensors say that they are a CPU's, for this torch may know no CUDA device; `gpu` takes the road a GPU's would.
+    """
     from bitsandbytes import functional
+    from bitsandbytes.autograd import _functions as products
 
     from qlora import fast
 
     if "dynamic" not in functional.name2qmap:  # a cache of bitsandbytes' own: filled now, with real values
         functional.name2qmap["dynamic"] = functional.create_dynamic_map()
     gc.freeze()  # the libraries' million objects need not be looked through again and again: a fifth faster
+    # On a CPU, bitsandbytes trains int8 layers in floating point.
+    int8_products = mock.patch.object(products, "MatMul8bitFp", products.MatMul8bitLt) if gpu else nullcontext()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), int8_products:
             yield
     finally:
         gc.unfreeze()
@@ -149,7 +156,7 @@ def predict_training(config, job: Job) -> dict:
 
     model = skeleton(config, job)
     lm = model.get_base_model()
-    with no_data(), live:
+    with no_data(gpu), live:
         fill(model, lm.dtype, live)
         live.tag = "fast_copy"
         if not gpu:
@@ -180,7 +187,7 @@ def predict_training(config, job: Job) -> dict:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
     parts = {kind: live.at_peak.get(kind, 0) for kind in KINDS}
-    parts["temporaries"] += live.at_peak["workspace"] + (CUBLAS_WORKSPACE[job.hopper] if gpu else 0)
+    parts["temporaries"] += live.at_peak.get("workspace", 0) + (CUBLAS_WORKSPACE[job.hopper] if gpu else 0)
     return {**parts, "peak": sum(parts.values())}
 
 
@@ -191,7 +198,7 @@ def predict_inference(config, job: Job) -> dict:
     gpu = job.device == "cuda"
     live = LiveBytes(block=CUDA_BLOCK if gpu else 1, workspace=cuda_workspace if gpu else None)
     model = skeleton(config, job)
-    with no_data(), live, torch.inference_mode():
+    with no_data(gpu), live, torch.inference_mode():
         fill(model, model.get_base_model().dtype, live)
         attend(model.get_base_model(), gpu_attention if gpu else attention)
         live.tag = "temporaries"
@@ -279,6 +286,8 @@ def cuda_workspace(function, args, out) -> int:
     if name == "bitsandbytes::gemm_4bit":  # long inputs: dequantize, then multiply
         rows, columns = args[2]
         return rows * columns * args[0].element_size()
+    if name == "bitsandbytes::int8_scaled_mm":  # sums in int32, scaled into the output afterwards
+        return out.numel() * 4
     if "flash_attention" in name and "backward" in name:  # dq summed in fp32; dk and dv for every head, then summed by group
         q, k = args[1], args[2]
         return q.numel() * 4 + (2 * q.numel() * q.element_size() if k.shape[1] != q.shape[1] else 0)
