@@ -261,3 +261,17 @@ class DemoSettings:
     seed: int = 42
     # Where quantization.json and the pictures go.
     output_dir: Path = Path("quant-out")
+
+
+@dataclass
+class ExportSettings:
+    # Adapter folder, as qlora_finetune.py writes it.
+    adapter: Path = Path("qlora-out")
+    # Merge the adapter and write these quantizations (f16 is always written): Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, … as llama-quantize names them.
+    types: tuple[str, ...] = ("Q8_0",)
+    # Write the adapter as a GGUF of its own beside its unmerged base, instead of merging.
+    lora: bool = False
+    # Importance matrix: quantize by what the training prompts use.
+    imatrix: bool = False
+    # Where the .gguf files and the Modelfile go.
+    output_dir: Path = Path("gguf-out")

@@ -134,11 +134,12 @@ def predict_memory(settings: TrainSettings, hardware, found) -> dict | None:
 def load(settings: TrainSettings, hardware):
     from qlora.fast import speed_up_base
     from qlora.loading import context_length, load_base
-    from qlora.lora import resolve_targets
+    from qlora.lora import refuse_broken_dora, resolve_targets
 
     base = load_base(settings.model, settings.precision, hardware)
     if settings.max_length > context_length(base.model):
         raise UsageError(f"--max-length {settings.max_length}: {settings.model} reads at most {context_length(base.model)} tokens")
+    refuse_broken_dora(base.model, settings.lora_variant)
     resolve_targets(base.model, settings.target_modules)  # a name that is not there is told now, not after scoring the base
     note(f"weights    {base.model.get_memory_footprint() / 1e6:.0f} MB as {settings.precision}")
     note(f"kernels    {speed_up_base(base.model)}")

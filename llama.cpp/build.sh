@@ -95,7 +95,7 @@ progress() {
     grep --line-buffered -oE '^\[ *[0-9]+[%/][0-9]*\]?' | while read -r step; do printf '\r  %s ' "$step" >&2; done
     echo >&2
   else
-    grep -oE '^\[ *[0-9]+%\]' | awk '{gsub(/[^0-9]/, ""); if ($0 >= next_shown) {print "  " $0 "%" > "/dev/stderr"; next_shown = $0 + 20}}'
+    grep -oE '^\[ *[0-9]+%\]' | awk '{gsub(/[^0-9]/, ""); if ($0 + 0 >= next_shown) {print "  " $0 "% of a program" > "/dev/stderr"; next_shown = $0 + 20}}'
   fi
   return 0
 }

@@ -28,6 +28,12 @@ def resolve_targets(model, wanted: str) -> list[str]:
     return names
 
 
+def refuse_broken_dora(model, lora_variant: str) -> None:
+    """For DoRA's norms PEFT 0.21 assigns int8 weights anew on a CPU, and bitsandbytes then overwrites its scales with None."""
+    if lora_variant == "dora" and any(p.dtype == torch.int8 and p.device.type == "cpu" for p in model.parameters()):
+        raise UsageError("--lora-variant dora does not work on int8 weights on a CPU (PEFT loses their scales); use another --precision")
+
+
 def show_trainable(model) -> None:
     """One line: how much LoRA adds, by PEFT's own count (it knows that 4-bit weights are packed two to a byte)."""
     trainable, total = model.get_nb_trainable_parameters()

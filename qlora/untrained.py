@@ -10,10 +10,10 @@ import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from qlora.cli import UserError
 from qlora.ledger import PREFIX, lora_config, update_spectrum
-from qlora.weights import dequantized
+from qlora.lora import refuse_broken_dora
 from qlora.sampling import GREEDY, continue_text
+from qlora.weights import dequantized
 
 NOISE = (0.001, 0.01, 0.03, 0.1, 0.3)  # |dW|/|W| that B is filled for
 
@@ -21,9 +21,7 @@ NOISE = (0.001, 0.01, 0.03, 0.1, 0.3)  # |dW|/|W| that B is filled for
 @contextmanager
 def untrained_lora(model, config, seed: int):
     """{module name: PEFT's layer} of a fresh adapter inside `model`; on exit the model is what it was."""
-    # For DoRA's norms PEFT 0.21 assigns int8 weights anew on a CPU, and bitsandbytes then overwrites its scales with None.
-    if config.use_dora and any(p.dtype == torch.int8 and p.device.type == "cpu" for p in model.parameters()):
-        raise UserError("--lora-variant dora does not work on int8 weights on a CPU (PEFT loses their scales); use another --precision")
+    refuse_broken_dora(model, "dora" if config.use_dora else "lora")
     trainable = [p for p in model.parameters() if p.requires_grad]
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -427,3 +427,9 @@ def test_a_really_full_disk(tmp_path, tiny_folder, csv, trained):
         assert not (disk / "out" / ".staging").exists()
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_dora_on_int8_is_refused_before_training(tmp_path, tiny_folder, csv):
+    with pytest.raises(UsageError, match="dora.*int8"):
+        qlora_finetune.main(["--model", str(tiny_folder), "--precision", "int8", "--lora-variant", "dora", "--dataset", str(csv),
+                             "--samples", "8", "--eval-samples", "4", "--max-length", "64", "--output-dir", str(tmp_path / "run")])

