@@ -234,14 +234,16 @@ class DemoSettings:
     sampling: bool = False
     # Only this part: will it fit? Bytes of training, inference and merging, counted without loading anything.
     plan: bool = False
-    # Only this part: precisions side by side; give names for a subset, none for what this hardware runs.
+    # Only this part: precisions side by side, as many as this hardware runs, or those named: fp32 bf16 fp16 int8 fp4 nf4 nf4-dq
+    # torchao-int8wo torchao-int8dyn torchao-int4wo torchao-fp8.
     compare: Optional[tuple[str, ...]] = None
     # What to sample from.
     prompt: str = "The best thing about small language models is"
     # Held-out IMDB rows for the zero-shot accuracy of --compare.
     eval_samples: int = 32
-    # --plan: tokens per row, rows per step.
+    # --plan: tokens per row.
     max_length: int = 256
+    # --plan: rows per step.
     batch_size: int = 4
     # --plan: recompute activations in the backward pass.
     gradient_checkpointing: bool = False

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 from typing import Sequence
 
 from config import COMPARABLE, NAMED_ADAPTERS, DemoSettings
-from qlora.cli import UsageError, note, parse, require, run
+from qlora.cli import UserError, note, parse, require, run
 
 PARTS = ("architecture", "untrained", "sampling", "datatypes", "ledger", "plan", "compare")  # in the order of the lesson
+LONGEST = 1 << 20  # tokens that --plan takes
 COURSE_MODEL = "llama-3.2-3b"  # its figures are quoted everywhere: 12.9, 3.6 and 2.2 GB, or "1.6 GB, 8 times smaller"
 NEEDS_MODEL = ("architecture", "untrained", "sampling")  # the others load what they need themselves, or no weights at all
 
@@ -37,8 +39,29 @@ def read_settings(argv: Sequence[str] | None) -> DemoSettings:
     require(s.prompt.strip() != "", "--prompt: is empty")
     for name in s.compare or ():
         require(name in COMPARABLE, f"--compare {name}: no such precision; there are {', '.join(COMPARABLE)}")
-    require(not s.output_dir.exists() or s.output_dir.is_dir(), f"--output-dir {s.output_dir}: is a file; name a folder")
+    require(s.max_length <= LONGEST, f"--max-length {s.max_length}: at most {LONGEST:,} tokens")
+    require(s.adapter is None or s.ledger or not any(getattr(s, part) not in (None, False) for part in PARTS), "--adapter is read by --ledger only")
+    earlier_results(s)
+    if s.adapter:
+        from qlora.adapters import read_adapter
+
+        read_adapter(s.adapter)  # told now, not after the tables
     return s
+
+
+def earlier_results(settings: DemoSettings) -> dict:
+    """Parts that earlier runs left in quantization.json; raises UsageError where this run could not write its own."""
+    out = settings.output_dir
+    above = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    require(above.is_dir(), f"--output-dir {out}: {above} is a file; name a folder")
+    require(os.access(above, os.W_OK), f"--output-dir {out}: {above} is not writable")
+    path = out / "quantization.json"
+    try:
+        earlier = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        earlier = None
+    require(isinstance(earlier, dict), f"{path}: not written by this script; name another --output-dir")
+    return earlier
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -154,13 +177,17 @@ def look_at_numbers(settings: DemoSettings, hardware) -> dict:
 def look_at_config(parts: Sequence[str], settings: DemoSettings, hardware) -> dict:
     """The parts that need a config alone: no weights, no download for the presets."""
     from qlora import ledger, plan
+    from qlora.loading import first_line
 
     if not {"ledger", "plan"} & set(parts):
         return {}
     s, results = settings, {}
     config, where = ledger.model_config(s.model)
     if "ledger" in parts:
-        frame = ledger.skeleton(config)
+        try:
+            frame = ledger.skeleton(config)
+        except ValueError as error:
+            raise UserError(f"--ledger --model {s.model}: a {config.model_type} model is no causal language model ({first_line(error)})") from None
         title("LoRA ledger: what an adapter adds")
         results["ledger"] = ledger.ledger(frame, s.lora_r, s.lora_alpha, s.target_modules, s.lora_variant)
         ledger.show_ledger(results["ledger"], s.model)
@@ -169,10 +196,14 @@ def look_at_config(parts: Sequence[str], settings: DemoSettings, hardware) -> di
             results["ledger"]["trained"] = trained_updates(s, hardware)
     if "plan" in parts:
         title(f"Will it fit? {s.model} ({where})")
-        results["plan"] = {"footprints": plan.footprints(config), **plan.make_plan(config, plan.training_job(s, hardware), hardware)}
+        try:
+            results["plan"] = {"footprints": plan.footprints(config), **plan.make_plan(config, plan.training_job(s, hardware), hardware)}
+        except (AttributeError, ValueError, TypeError, NotImplementedError) as error:  # not a decoder as transformers' Llama is one
+            raise UserError(f"--plan --model {s.model}: a {config.model_type} model can't be planned ({first_line(error)})") from None
         plan.show_footprints(s.model, results["plan"]["footprints"])
         if s.model != COURSE_MODEL:
             results["plan"]["course"] = plan.footprints(ledger.model_config(COURSE_MODEL)[0])
+            print("  the model of many courses, quoted at 12.9, 3.6 and 2.2 GB, or at \"1.6 GB, 8 times smaller\":")
             plan.show_footprints(COURSE_MODEL, results["plan"]["course"])
         plan.show_plan(results["plan"], config)
     return results
@@ -217,12 +248,8 @@ def save(settings: DemoSettings, hardware, results: dict) -> None:
 
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     path = settings.output_dir / "quantization.json"
-    try:
-        earlier = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
-        raise UsageError(f"{path}: not JSON, so not written by this script; name another --output-dir") from None
     given = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()}
-    write_json(path, earlier | {part: {"settings": given, "environment": environment(hardware), "result": result} for part, result in results.items()})
+    write_json(path, earlier_results(settings) | {part: {"settings": given, "environment": environment(hardware), "result": result} for part, result in results.items()})
     note(f"\nwritten    {path}")
 
 

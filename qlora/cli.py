@@ -94,7 +94,7 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     except MemoryError:
         fail("out of memory: lower --batch-size or --max-length, or take a smaller --model", 1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise
         fail(f"{os.strerror(error.errno)}: {error.filename or 'while writing'}; what was complete before is untouched, mend this and run again", 1)
     except Exception as error:  # writers in Rust and C++ raise kinds of their own

@@ -120,7 +120,7 @@ def measure(folder: Path, precision: str, hardware: Hardware, text: torch.Tensor
         "perplexity": math.exp(nats.mean()),
         **{key: report[key] for key in ("accuracy", "low", "high")},
         "prefill_tokens_per_second": prefill,
-        "decode_tokens_per_second": decode(model, text, DECODE_TOKENS),
+        **dict(zip(("decode_tokens_per_second", "decode_is_steady"), decode(model, text, DECODE_TOKENS))),
     }
     return row, nats, errors
 
@@ -176,13 +176,19 @@ class Stopwatch(BaseStreamer):
         pass
 
 
-def decode(model, text: torch.Tensor, tokens: int) -> float | None:
-    """Greedy tokens/s after the first, which pays for the prompt; None if DECODE_SECONDS end before a second one."""
+def decode(model, text: torch.Tensor, tokens: int) -> tuple[float | None, bool]:
+    """(greedy tokens/s after the first, which pays for the prompt; steady): None if DECODE_SECONDS end before a second one.
+
+    Steady: enough tokens, and half of them within 20% of the median; on a busy machine they are not.
+    """
     watch = Stopwatch()
     config = GenerationConfig(max_new_tokens=tokens, do_sample=False, max_time=DECODE_SECONDS)
     model.generate(text[:1, :PROMPT_TOKENS], generation_config=config, streamer=watch)
     between = np.diff(watch.times[1:])  # without the prompt's pass
-    return 1 / float(np.median(between)) if len(between) else None
+    if not len(between):
+        return None, False
+    low, middle, high = np.quantile(between, (0.25, 0.5, 0.75))
+    return 1 / float(middle), bool(len(between) >= tokens // 2 and high - low <= 0.4 * middle)
 
 
 def synchronize(device: torch.device) -> None:

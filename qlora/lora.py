@@ -16,10 +16,14 @@ def linear_names(model) -> list[str]:
 def resolve_targets(model, wanted: str) -> list[str]:
     """'all-linear', 'attention' or 'q_proj,v_proj' -> names of modules; raises UsageError listing those there are."""
     there = linear_names(model)
+    if not there:
+        raise UsageError("--target-modules: this model has no linear layers that LoRA could go into")
     if wanted == "all-linear":
         return there
     if wanted == "attention":
         inside = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "attn" in n}
+        if not inside & set(there):
+            raise UsageError(f"--target-modules attention: no linear layer is named so; the model has {', '.join(there)} (or: all-linear)")
         return sorted(inside & set(there))
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     unknown = [name for name in names if name not in there]

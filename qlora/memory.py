@@ -85,7 +85,7 @@ def skeleton(config, job: Job, lora: bool = True):
     if lora and job.lora_variant == "dora" and quantization is not None:
         raise UserError("DoRA on quantized weights can't be planned: PEFT reads the weights when it adds DoRA, and a plan has none")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         if quantization is not None:
             replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantization)
             model.is_loaded_in_4bit, model.is_loaded_in_8bit = quantization.load_in_4bit, quantization.load_in_8bit
@@ -214,8 +214,9 @@ def predict_inference(config, job: Job) -> dict:
 
 def predict_merge(config, job: Job) -> dict:
     """RAM and disk of `qlora_inference.py --merge`: base and adapter as trained beside one 16-bit model, which is written."""
-    sixteen = weights_bytes(config, Job(precision="bf16"))
-    return {"ram": weights_bytes(config, job) + sixteen, "disk": sixteen}
+    sixteen, adapted = weights_bytes(config, Job(precision="bf16")), skeleton(config, job)
+    adapters = sum(p.numel() * p.element_size() for p in adapted.parameters() if p.requires_grad)
+    return {"ram": weights_bytes(config, job) + adapters + sixteen, "disk": sixteen}
 
 
 def weights_bytes(config, job: Job) -> int:

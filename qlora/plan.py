@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from config import PAD_MULTIPLE
 from qlora.hardware import Hardware
 from qlora.memory import CUBLAS_WORKSPACE, Job, predict, predict_inference, predict_merge, predict_training, skeleton, weights_bytes
 
@@ -19,7 +20,6 @@ CARDS = {
 CUDA_RESERVE = 0.8 * 2**30
 # Python, torch and the other libraries before any tensor, and the heap's gaps. An allowance as well.
 CPU_RESERVE = 1.5 * 2**30
-LARGEST_BATCH = 512
 
 
 def footprints(config) -> dict:
@@ -36,7 +36,7 @@ def _footprint(config, job: Job) -> dict:
             if module is head and p is model.get_input_embeddings().weight:
                 continue  # tied
             kind = ("embeddings and head" if module is head or "Embedding" in type(module).__name__
-                    else "linear layers" if "Linear" in type(module).__name__ and name == "weight" else "norms and the rest")
+                    else "linear layers" if ("Linear" in type(module).__name__ or type(module).__name__ == "Conv1D") and name == "weight" else "norms and the rest")
             four_bit, eight_bit = hasattr(p, "quant_type"), hasattr(p, "SCB")
             groups[kind] += p.numel() // 2 if four_bit else p.numel() * (1 if eight_bit else p.element_size())
     footprint, total = sum(groups.values()), weights_bytes(config, job)
@@ -67,11 +67,19 @@ def make_plan(config, job: Job, hardware: Hardware) -> dict:
         "training": training,
         "inference": predict(predict_inference, config, dataclasses.replace(job, batch_size=1)),
         "merge": predict(predict_merge, config, job),
+        "outside_linear": outside_linear(config),
         "full_fine_tuning": 16 * skeleton(config, Job(precision="bf16"), lora=False).num_parameters(),  # fp32: weight, gradient, two moments
-        "machine": {"name": hardware.name, "capacity": usable, "fits": fits, "largest_batch": max(0, min(job.batch_size + math.floor(more * job.batch_size), LARGEST_BATCH)),
+        "machine": {"name": hardware.name, "capacity": usable, "fits": fits, "largest_batch": max(0, job.batch_size + math.floor(more * job.batch_size)),
                     "remedies": [] if fits else remedies(config, job, usable)},
         "cards": cards(config, job),
     }
+
+
+def outside_linear(config) -> int:
+    """Bytes at 16 bits of large weights that are in no nn.Linear, embedding or norm: neither quantization nor LoRA takes them."""
+    model = skeleton(config, Job(precision="bf16"), lora=False)
+    return sum(2 * p.numel() for m in model.modules() for p in m.parameters(recurse=False)
+               if p.dim() > 1 and not isinstance(m, (torch.nn.Linear, torch.nn.Embedding)) and type(m).__name__ != "Conv1D")
 
 
 def cards(config, job: Job) -> list[dict]:
@@ -80,7 +88,8 @@ def cards(config, job: Job) -> list[dict]:
     A GPU's attention keeps nothing that grows with the square of the length, so the peak is a straight line in the number of
     tokens: two predictions give both.
     """
-    gpu = dataclasses.replace(job, device="cuda")
+    named = job.precision in ("bf16", "fp16", "fp32")  # asked for by name: computed in it on any card
+    gpu = dataclasses.replace(job, device="cuda", dtype=job.dtype if named else torch.bfloat16)  # fp16 holds as many bytes
     base, twice = (predict(predict_training, config, variant)["peak"] for variant in (gpu, dataclasses.replace(gpu, batch_size=2 * gpu.batch_size)))
     rows = []
     for name, (mebibytes, capability) in CARDS.items():
@@ -88,9 +97,10 @@ def cards(config, job: Job) -> list[dict]:
         peak = base + CUBLAS_WORKSPACE[capability >= 9] - CUBLAS_WORKSPACE[False]
         more = (usable - peak) / (twice - base)  # times as many tokens again
         batch, length = job.batch_size + math.floor(more * job.batch_size), job.length + math.floor(more * job.length)
+        length -= length % PAD_MULTIPLE  # rows are padded to it
         context = getattr(config, "max_position_embeddings", length)
-        rows.append({"card": name, "dtype": "bf16" if capability >= 8 else "fp16", "capacity": usable, "peak": peak, "fits": peak <= usable,
-                     "largest_batch": max(0, min(batch, LARGEST_BATCH)), "largest_length": max(0, min(length, context))})
+        rows.append({"card": name, "dtype": job.precision if named else "bf16" if capability >= 8 else "fp16", "capacity": usable, "peak": peak, "fits": peak <= usable,
+                     "largest_batch": max(0, batch), "largest_length": max(0, min(length, context))})
     return rows
 
 
@@ -101,8 +111,8 @@ def remedies(config, job: Job, usable: float) -> list[dict]:
     tries = [
         (dict(batch_size=1), f"--batch-size 1 --grad-accum {job.batch_size}", "the same updates in smaller, slower steps"),
         (dict(gradient_checkpointing=True), "--gradient-checkpointing", "each forward runs twice: 6 instead of 4 products per weight and token"),
-        (small, "both of these", "both prices"),
-        (dict(length=half), f"--max-length {half}", "the model reads half of each review"),
+        (small if job.batch_size > 1 and not job.gradient_checkpointing else {}, "both of these", "both prices"),
+        (dict(length=half), f"--max-length {half}", "the model reads half of a long row"),
         (dict(precision="nf4"), "--precision nf4", "quantization error: see --compare"),
         (dict(small, length=half, precision="nf4", target_modules="attention"), "all of these and --target-modules attention", "all prices, fewer matrices learn"),
     ]
@@ -131,14 +141,20 @@ def show_footprints(name: str, table: dict) -> None:
 def show_plan(plan: dict, config) -> None:
     """The plan as tables on stdout."""
     job, training, inference, merge, machine = (plan[k] for k in ("job", "training", "inference", "merge", "machine"))
-    context, full = getattr(config, "max_position_embeddings", job["length"]), plan["full_fine_tuning"]
+    context, full, sliding = getattr(config, "max_position_embeddings", job["length"]), plan["full_fine_tuning"], getattr(config, "sliding_window", None)
     print(f"  training {job['batch_size']} rows of {job['length']} tokens at {job['precision']}, LoRA r {job['lora_r']} on {job['target_modules']}"
           f"{', gradient checkpointing' if job['gradient_checkpointing'] else ''}: {gb(training['peak'])} GB at the peak")
     print("    " + ", ".join(f"{kind.replace('_', ' ')} {gb(training[kind])}" for kind in training if kind != "peak" and training[kind] > 5e6))
-    print(f"    training all parameters in fp32 with AdamW: {gb(full)} GB of weights, gradients and moments alone, "
-          f"{full / (training['peak'] - training['activations']):.1f} times this without its activations")
+    fixed = sum(training[kind] for kind in ("weights", "fast_copy", "adapters", "optimizer")) + training["adapters"]  # its gradients
+    print(f"    full fine-tuning in fp32 with AdamW: {gb(full)} GB for weights, gradients and moments; the same here: {gb(fixed)} GB, "
+          f"{full / fixed:.1f} times less" if full > fixed else "    adapters this large take more than full fine-tuning would")
+    if (outside := plan["outside_linear"]) > 0.01 * training["weights"]:
+        print(f"    {gb(outside)} GB of weights are in no linear layer (experts, convolutions, …): they stay in 16 bits and get no LoRA")
+    if job["length"] > context:
+        print(f"  note: the model reads at most {context:,} tokens; rows of {job['length']:,} are beyond it")
     print(f"  inference, one prompt of {job['length']} tokens: {gb(inference['peak'])} GB (KV cache {inference['kv_cache'] / 1e6:.0f} MB; "
-          f"{inference['kv_cache'] / job['length'] * context / 1e9:.2f} GB at the model's {context:,} tokens)")
+          + (f"{inference['kv_cache'] / job['length'] * context / 1e9:.2f} GB at the model's {context:,} tokens)" if not sliding
+             else f"at most {sliding:,} tokens are kept in layers with sliding attention)"))
     print(f"  merging: {gb(merge['ram'])} GB of memory, {gb(merge['disk'])} GB of disk")
     print(f"  this machine, {machine['name']}, {gb(machine['capacity'])} GB for tensors: training {'fits' if machine['fits'] else 'DOES NOT FIT'}; "
           f"largest batch at {job['length']} tokens: {machine['largest_batch']}")

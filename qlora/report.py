@@ -37,6 +37,7 @@ def build_report(settings, hardware, base, model, found, train, guards, trainer,
     trainable, total = model.get_nb_trainable_parameters()
     adapter_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     losses = [h["loss"] for h in history] or [float("nan")]
+    few = max(1, min(10, len(losses) // 2))  # steps at either end, none of them at both
     return {
         "environment": environment(hardware),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(settings).items()},
@@ -55,7 +56,7 @@ def build_report(settings, hardware, base, model, found, train, guards, trainer,
         # Of this process: after --resume, the steps since then.
         "train": {"steps": trainer.state.global_step, "seconds": seconds, "real_tokens": trainer.real_tokens,
                   "tokens_per_second": trainer.real_tokens / seconds,
-                  "loss_first": sum(losses[:10]) / len(losses[:10]), "loss_last": sum(losses[-10:]) / len(losses[-10:])},
+                  "loss_first": sum(losses[:few]) / few, "loss_last": sum(losses[-few:]) / few},
         "evaluation": evaluation,
         "guards": guards.results,
         "seconds": time.perf_counter() - started,
@@ -70,11 +71,11 @@ def memory(hardware, trainer, predicted: dict | None, weights_bytes: int) -> dic
 
 
 def memory_line(memory: dict) -> str:
-    """'peak memory 1.07 GB in a training step (predicted 1.07, off by +0.1%), 2.62 GB of the process'"""
+    """'peak memory 1.07 GB in a training step (predicted 1.07, off by 0.1%), 2.62 GB of the process'"""
     measured, predicted = memory["measured_peak_bytes"], memory["predicted_peak_bytes"]
     parts = [f"{memory['process_peak_bytes'] / 1e9:.2f} GB of the process"]
     if measured:
-        compared = f" (predicted {predicted / 1e9:.2f}, off by {100 * (predicted / measured - 1):+.1f}%)" if predicted else ""
+        compared = f" (predicted {predicted / 1e9:.2f}, off by {abs(100 * (predicted / measured - 1)):.1f}%)" if predicted else ""
         parts.insert(0, f"{measured / 1e9:.2f} GB in a training step{compared}")
     return "peak memory " + ", ".join(parts)
 
@@ -134,7 +135,7 @@ def markdown(report: dict) -> str:
         f"| duplicates removed before the split | {data['duplicates_removed']} |",
         f"| trainable parameters | {lora['trainable_parameters']:,} of {lora['all_parameters']:,} ({lora['percent']:.2f}%), {lora['bytes'] / 1e6:.1f} MB |",
         f"| steps, seconds, real tokens/s | {train['steps']}, {train['seconds']:.0f}, {train['tokens_per_second']:.0f} |",
-        f"| loss, first and last ten steps | {train['loss_first']:.3f}, {train['loss_last']:.3f} |",
+        f"| loss, first and last steps (ten at most) | {train['loss_first']:.3f}, {train['loss_last']:.3f} |",
         f"| memory | weights {memory['weights_bytes'] / 1e9:.2f} GB, {memory_line(memory)} |",
         f"| guards | {sum(x['passed'] for x in report['guards'])} of {len(report['guards'])} held |",
         "",

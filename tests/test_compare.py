@@ -152,9 +152,9 @@ def test_gpu_compares_all_and_cpu_leaves_out_what_it_emulates():
 
 
 def test_decoding_too_slow_for_a_second_token_has_no_rate(model, text, monkeypatch):
-    assert c.decode(model, text, 4) > 0
+    assert c.decode(model, text, 4)[0] > 0
     monkeypatch.setattr(c, "DECODE_SECONDS", 0.0)
-    assert c.decode(model, text, 4) is None
+    assert c.decode(model, text, 4) == (None, False)
 
 
 @pytest.mark.parametrize("levels", [16, 200])
@@ -172,9 +172,9 @@ def test_weights_that_were_in_4_bits_before_are_recognized(tmp_path, tokenizer, 
 
 def fake_rows(*perplexities, decode=1.0):
     names = ("nf4-dq", "fp4", "torchao-int4wo")
-    rows = {name: {"perplexity": x, "weight_error": 0.1, "footprint_bytes": 40, "prefill_tokens_per_second": 50.0, "decode_tokens_per_second": decode}
+    rows = {name: {"perplexity": x, "weight_error": 0.1, "footprint_bytes": 40, "prefill_tokens_per_second": 50.0, "decode_tokens_per_second": decode, "decode_is_steady": True}
             for name, x in zip(names, perplexities)}
-    rows["bf16"] = {"perplexity": 1.0, "footprint_bytes": 100, "prefill_tokens_per_second": 100.0, "decode_tokens_per_second": 2.0}
+    rows["bf16"] = {"perplexity": 1.0, "footprint_bytes": 100, "prefill_tokens_per_second": 100.0, "decode_tokens_per_second": 2.0, "decode_is_steady": True}
     return rows
 
 
@@ -190,6 +190,11 @@ def test_what_the_rows_say_is_computed_from_them(capsys):
     out = capsys.readouterr().out
     assert not found["agrees_with_paper"]
     assert all(words in out for words in ("not the order measured here", "flatters", "speed in part", "is right"))
+    uneven = fake_rows(20, 40, 30, decode=6.0)
+    uneven["bf16"]["decode_is_steady"] = False
+    shown.findings(uneven, losses, values=16)
+    out = capsys.readouterr().out
+    assert "run it again" in out and "is right" not in out
 
 
 def test_pictures_are_drawn_without_the_rows_that_were_not_measured(compared, tmp_path):

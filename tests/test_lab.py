@@ -79,7 +79,7 @@ def test_bad_flags_end_in_one_line(tmp_path, flags, words):
 
 def test_a_file_of_someone_elses_is_not_overwritten(tmp_path, tiny_folder):
     (tmp_path / "quantization.json").write_text("my notes")
-    with pytest.raises(UsageError, match="not JSON"):
+    with pytest.raises(UsageError, match="not written by this script"):
         lab.main(["--ledger", "--model", str(tiny_folder), "--output-dir", str(tmp_path)])
     assert (tmp_path / "quantization.json").read_text() == "my notes"
 
@@ -99,3 +99,30 @@ def test_rows_that_are_not_whole_blocks_are_refused_in_4_bits_on_a_cpu(tmp_path,
     with pytest.raises(UserError, match="96 wide"):
         load_base(str(folder), "nf4", detect())
     load_base(str(folder), "bf16", detect())
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "mamba"])
+def test_what_is_no_such_decoder_is_refused_in_one_line(tmp_path, kind):
+    from transformers import AutoConfig
+
+    AutoConfig.for_model(kind).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=f"a {kind} model can't be planned"):
+        lab.main(["--plan", "--model", str(tmp_path / "model"), "--output-dir", str(tmp_path / "out")])
+
+
+def test_experts_that_nothing_quantizes_are_told(tmp_path, capsys):
+    from transformers import MixtralConfig
+
+    MixtralConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000,
+                  num_local_experts=4).save_pretrained(tmp_path / "model")
+    lab.main(["--plan", "--model", str(tmp_path / "model"), "--output-dir", str(tmp_path / "out")])
+    assert "in no linear layer" in capsys.readouterr().out
+
+
+def test_the_folder_is_looked_at_before_anything_is_computed(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file"):
+        lab.main(["--output-dir", str(tmp_path / "file" / "sub")])
+    (tmp_path / "quantization.json").write_text("[1]")
+    with pytest.raises(UsageError, match="not written by this script"):
+        lab.main(["--output-dir", str(tmp_path)])

@@ -174,7 +174,8 @@ def test_merging_needs_both_models_in_memory_and_one_on_disk():
     config = model_config("llama-3.2-1b")[0]
     merge = predict(predict_merge, config, Job())
     sixteen, four = (predict(lambda c, j: {"all": weights_bytes(c, j)}, config, Job(precision=p))["all"] for p in ("bf16", "nf4"))
-    assert merge == {"ram": sixteen + four, "disk": sixteen}
+    # adapters: 16 layers x r 16 x (2 (2048 + 2048) + 2 (2048 + 512) + 3 (2048 + 8192)) x 4 bytes
+    assert merge == {"ram": sixteen + four + 45_088_768, "disk": sixteen}
 
 
 def test_eight_billion_parameters_fit_a_t4_in_4_bits_and_not_in_16():
