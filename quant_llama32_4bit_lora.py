@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Sequence
 
 from config import COMPARABLE, NAMED_ADAPTERS, DemoSettings
-from qlora.cli import UserError, note, parse, require, run
+from qlora.cli import note, parse, require, run
 
 PARTS = ("architecture", "untrained", "sampling", "datatypes", "ledger", "plan", "compare")  # in the order of the lesson
 LONGEST = 1 << 20  # tokens that --plan takes
@@ -177,17 +177,16 @@ def look_at_numbers(settings: DemoSettings, hardware) -> dict:
 def look_at_config(parts: Sequence[str], settings: DemoSettings, hardware) -> dict:
     """The parts that need a config alone: no weights, no download for the presets."""
     from qlora import ledger, plan
-    from qlora.loading import first_line
+    from qlora.memory import refuse_other_kinds
 
     if not {"ledger", "plan"} & set(parts):
         return {}
     s, results = settings, {}
     config, where = ledger.model_config(s.model)
+    if "plan" in parts:
+        refuse_other_kinds(config)
     if "ledger" in parts:
-        try:
-            frame = ledger.skeleton(config)
-        except ValueError as error:
-            raise UserError(f"--ledger --model {s.model}: a {config.model_type} model is no causal language model ({first_line(error)})") from None
+        frame = ledger.skeleton(config)
         title("LoRA ledger: what an adapter adds")
         results["ledger"] = ledger.ledger(frame, s.lora_r, s.lora_alpha, s.target_modules, s.lora_variant)
         ledger.show_ledger(results["ledger"], s.model)
@@ -196,10 +195,7 @@ def look_at_config(parts: Sequence[str], settings: DemoSettings, hardware) -> di
             results["ledger"]["trained"] = trained_updates(s, hardware)
     if "plan" in parts:
         title(f"Will it fit? {s.model} ({where})")
-        try:
-            results["plan"] = {"footprints": plan.footprints(config), **plan.make_plan(config, plan.training_job(s, hardware), hardware)}
-        except (AttributeError, ValueError, TypeError, NotImplementedError) as error:  # not a decoder as transformers' Llama is one
-            raise UserError(f"--plan --model {s.model}: a {config.model_type} model can't be planned ({first_line(error)})") from None
+        results["plan"] = {"footprints": plan.footprints(config), **plan.make_plan(config, plan.training_job(s, hardware), hardware)}
         plan.show_footprints(s.model, results["plan"]["footprints"])
         if s.model != COURSE_MODEL:
             results["plan"]["course"] = plan.footprints(ledger.model_config(COURSE_MODEL)[0])

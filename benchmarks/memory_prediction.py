@@ -105,9 +105,9 @@ def random_model(config, job):
     """The planned model with random values in its tensors, on the GPU."""
     import torch
 
-    from qlora.memory import fill, skeleton
+    from qlora.memory import fill, planned_model
 
-    model = skeleton(config, job, lora=False)
+    model = planned_model(config, job, lora=False)
     fill(model, model.dtype, device=job.device)
     with torch.no_grad():
         for module in model.modules():

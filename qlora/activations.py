@@ -11,6 +11,7 @@ from torch import Tensor
 from qlora import loading  # noqa: F401  (silences what bitsandbytes logs when it is imported)
 from qlora.formats import decode_int8, encode_int8, one_thread
 from qlora.logits import hidden_states
+from qlora.weights import dequantized
 
 import bitsandbytes.functional as F  # noqa: E402
 
@@ -45,7 +46,7 @@ def show_activations(model, tokenizer, texts: tuple[str, ...] = TEXTS) -> dict:
     print(f"  In {top} the first token of a sentence reaches {times:.0f} times what any later one does. The last column")
     print("  says how few of int8's 127 steps a token's typical values get (rms: root mean square): the layer where it is highest follows.")
     name = max(layers, key=lambda n: layers[n]["crest"])
-    x, weight = inputs[name].float().cpu(), plain_weight(model.get_submodule(name)).float().cpu()
+    x, weight = inputs[name].float().cpu(), dequantized(model.get_submodule(name)).float().cpu()
     errors = compare(x, weight, calibration, first, name)
     outliers = keep_outliers(x[~calibration], weight, first[~calibration])
     return {"layers": layers, "layer": name, "errors": errors, "outliers": outliers}
@@ -85,17 +86,6 @@ def describe(x: Tensor, first: Tensor) -> dict:
     crest = size.amax(1) / size.square().mean(1).sqrt()
     return {"largest_first": size[first].max().item(), "largest_later": size[~first].max().item(), "columns": size.shape[1],
             "outlier_columns": (size >= THRESHOLD).any(0).sum().item(), "crest": crest.median().item()}
-
-
-def plain_weight(layer) -> Tensor:
-    """A layer's weight (out, in) as numbers, whatever it is stored as."""
-    weight = layer.weight
-    if getattr(weight, "quant_state", None) is not None:
-        return F.dequantize_4bit(weight.data, weight.quant_state)
-    if weight.dtype == torch.int8:
-        scale = layer.state.SCB if weight.SCB is None else weight.SCB  # the first forward moves it
-        return decode_int8(weight.data, scale[:, None])
-    return weight.detach()
 
 
 def quantize_static(x: Tensor, limit: float) -> Tensor:

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from config import MODELS, NAMED_ADAPTERS
 from qlora.adapters import WEIGHTS, read_adapter
@@ -50,6 +51,8 @@ def model_config(name: str):
 
 def skeleton(config, dtype: torch.dtype = torch.bfloat16):
     """The model on the meta device: modules, shapes and dtypes without a byte of weights."""
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"a {config.model_type} model is no causal language model: neither training nor this lab can use it")
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
 

@@ -70,28 +70,38 @@ def no_data(gpu: bool = False):
         fast._bias.clear()
 
 
-def skeleton(config, job: Job, lora: bool = True):
+def planned_model(config, job: Job, lora: bool = True):
     """The model with its quantized and LoRA layers in place, on the meta device: structure only. Call outside `no_data`."""
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    from qlora.ledger import lora_config
+    from qlora.ledger import lora_config, skeleton
     from qlora.loading import DTYPES, quantization_config
 
     dtype = DTYPES.get(job.precision, job.dtype)
     quantization = quantization_config(job.precision, dtype)
     if lora and job.lora_variant == "dora" and quantization is not None:
         raise UserError("DoRA on quantized weights can't be planned: PEFT reads the weights when it adds DoRA, and a plan has none")
+    model = skeleton(config, dtype)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         if quantization is not None:
             replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantization)
             model.is_loaded_in_4bit, model.is_loaded_in_8bit = quantization.load_in_4bit, quantization.load_in_8bit
         if not lora:
             return model
         return get_peft_model(model, lora_config(model, job.lora_r, None, job.target_modules, job.lora_variant, job.lora_dropout))
+
+
+def refuse_other_kinds(config) -> None:
+    """What is planned is a causal language model that attends as Llama does; raises UserError for the rest."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    reason = ("it is no causal language model" if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+              else "it has no attention" if not hasattr(config, "num_attention_heads")
+              else "its attention caps its logits" if getattr(config, "attn_logit_softcapping", None) else "")
+    if reason:
+        raise UserError(f"a {config.model_type} model can't be planned: {reason}")
 
 
 def fill(model, dtype: torch.dtype, live: LiveBytes | None = None, device: str = "cpu") -> None:
@@ -154,7 +164,7 @@ def predict_training(config, job: Job) -> dict:
         count = hidden.shape[1] - 1 if job.every_token else 2
         return hidden[:, :count].reshape(-1, hidden.shape[-1]).clone(), labels[:, :count].reshape(-1).clone()
 
-    model = skeleton(config, job)
+    model = planned_model(config, job)
     lm = model.get_base_model()
     with no_data(gpu), live:
         fill(model, lm.dtype, live)
@@ -197,7 +207,7 @@ def predict_inference(config, job: Job) -> dict:
 
     gpu = job.device == "cuda"
     live = LiveBytes(block=CUDA_BLOCK if gpu else 1, workspace=cuda_workspace if gpu else None)
-    model = skeleton(config, job)
+    model = planned_model(config, job)
     with no_data(gpu), live, torch.inference_mode():
         fill(model, model.get_base_model().dtype, live)
         attend(model.get_base_model(), gpu_attention if gpu else attention)
@@ -206,6 +216,8 @@ def predict_inference(config, job: Job) -> dict:
         ids = torch.empty(job.batch_size, job.length, dtype=torch.long)
         with torch.autocast("cpu", dtype=job.dtype, enabled=gpu and job.dtype != torch.float32):
             out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        if out.past_key_values is None:
+            raise UserError(f"a {config.model_type} model can't be planned: it keeps no keys and values from one token to the next")
         cache = sum(t.untyped_storage().nbytes() for layer in out.past_key_values.layers for t in (layer.keys, layer.values))
     held = {"weights": live.live["weights"], "adapters": live.live["adapters"], "kv_cache": cache}
     peak = live.peak + (CUBLAS_WORKSPACE[job.hopper] if gpu else 0)
@@ -214,14 +226,14 @@ def predict_inference(config, job: Job) -> dict:
 
 def predict_merge(config, job: Job) -> dict:
     """RAM and disk of `qlora_inference.py --merge`: base and adapter as trained beside one 16-bit model, which is written."""
-    sixteen, adapted = weights_bytes(config, Job(precision="bf16")), skeleton(config, job)
+    sixteen, adapted = weights_bytes(config, Job(precision="bf16")), planned_model(config, job)
     adapters = sum(p.numel() * p.element_size() for p in adapted.parameters() if p.requires_grad)
     return {"ram": weights_bytes(config, job) + adapters + sixteen, "disk": sixteen}
 
 
 def weights_bytes(config, job: Job) -> int:
     """What the base alone holds, quantization constants and buffers included."""
-    live, model = LiveBytes(), skeleton(config, job, lora=False)
+    live, model = LiveBytes(), planned_model(config, job, lora=False)
     with no_data(), live:
         fill(model, model.dtype)
     return live.now
@@ -245,7 +257,7 @@ def _alike(config_json: str, kind: type) -> bool:
     if len(set(getattr(config, "layer_types", None) or ())) > 1:  # sliding and full attention in turn, say
         return False
     shapes = [_first_layers(config, 2), _first_layers(config, 3), config]
-    two, three, all_of_them = (skeleton(c, Job(precision="bf16"), lora=False).num_parameters() for c in shapes)
+    two, three, all_of_them = (planned_model(c, Job(precision="bf16"), lora=False).num_parameters() for c in shapes)
     return all_of_them == _extrapolate(two, three, config.num_hidden_layers)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from config import PAD_MULTIPLE
 from qlora.hardware import Hardware
-from qlora.memory import CUBLAS_WORKSPACE, Job, predict, predict_inference, predict_merge, predict_training, skeleton, weights_bytes
+from qlora.memory import CUBLAS_WORKSPACE, Job, predict, predict_inference, predict_merge, predict_training, planned_model, weights_bytes
 
 # What the driver reports (MiB, nvidia-smi) and the compute capability: bf16 from 8.0, a larger cuBLAS workspace from 9.0.
 CARDS = {
@@ -28,7 +28,7 @@ def footprints(config) -> dict:
 
 
 def _footprint(config, job: Job) -> dict:
-    model = skeleton(config, job, lora=False)
+    model = planned_model(config, job, lora=False)
     head = model.get_output_embeddings()
     groups = {"embeddings and head": 0, "linear layers": 0, "norms and the rest": sum(b.numel() * b.element_size() for b in model.buffers())}
     for module in model.modules():
@@ -68,7 +68,7 @@ def make_plan(config, job: Job, hardware: Hardware) -> dict:
         "inference": predict(predict_inference, config, dataclasses.replace(job, batch_size=1)),
         "merge": predict(predict_merge, config, job),
         "outside_linear": outside_linear(config),
-        "full_fine_tuning": 16 * skeleton(config, Job(precision="bf16"), lora=False).num_parameters(),  # fp32: weight, gradient, two moments
+        "full_fine_tuning": 16 * planned_model(config, Job(precision="bf16"), lora=False).num_parameters(),  # fp32: weight, gradient, two moments
         "machine": {"name": hardware.name, "capacity": usable, "fits": fits, "largest_batch": max(0, job.batch_size + math.floor(more * job.batch_size)),
                     "remedies": [] if fits else remedies(config, job, usable)},
         "cards": cards(config, job),
@@ -77,7 +77,7 @@ def make_plan(config, job: Job, hardware: Hardware) -> dict:
 
 def outside_linear(config) -> int:
     """Bytes at 16 bits of large weights that are in no nn.Linear, embedding or norm: neither quantization nor LoRA takes them."""
-    model = skeleton(config, Job(precision="bf16"), lora=False)
+    model = planned_model(config, Job(precision="bf16"), lora=False)
     return sum(2 * p.numel() for m in model.modules() for p in m.parameters(recurse=False)
                if p.dim() > 1 and not isinstance(m, (torch.nn.Linear, torch.nn.Embedding)) and type(m).__name__ != "Conv1D")
 

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from qlora.activations import TEXTS, compare, describe, keep_outliers, largest_inputs, output_error, plain_weight, quantize_static, show_activations
+from qlora.weights import dequantized
+from qlora.activations import TEXTS, compare, describe, keep_outliers, largest_inputs, output_error, quantize_static, show_activations
 from qlora.hardware import detect
 from qlora.loading import load_base
 
@@ -82,7 +83,7 @@ def test_a_layer_s_weight_is_what_it_multiplies_by(bases, precision):
     with torch.no_grad():
         product = layer(one_hot).T.float()
     # bitsandbytes' int8 multiplies by 6.200124e-05 for 1/127^2 = 6.200012e-05, and gives 16 bits back
-    assert torch.allclose(plain_weight(layer).float(), product, rtol=2**-7, atol=0)
+    assert torch.allclose(dequantized(layer).float(), product, rtol=2**-7, atol=0)
 
 
 def test_inputs_are_those_of_each_text_alone(bases):
