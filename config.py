@@ -121,12 +121,35 @@ PAD_MULTIPLE = 16  # batches come in few widths, so a CPU's kernels are made onc
 CHUNK_POSITIONS = 1024  # positions whose logits exist at once: 1024 x 49152 in fp32 is 0.2 GB
 
 
+# --- the parity ladder ---------------------------------------------------------
+
+# Rows on which a deployed file must give the label that the trained model gives. 8 bits and more change nothing that matters; the rest is
+# kept from being broken: what quantization costs there is a result.
+AGREEMENT = {"bf16": 0.99, "f16": 0.99, "Q8_0": 0.99, "Q6_K": 0.97, "Q5_K_M": 0.95}
+LOWEST_AGREEMENT = 0.75
+ACCURACY_WITHIN = 0.005  # where 99% is asked
+
+# Not reviews: what the adapter was not trained for has to survive as well.
+FREE_PROMPTS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Name three colours of the rainbow.",
+    "Why do cats purr?",
+    "Explain what a neural network is to a child.",
+    "Translate 'good morning' into Spanish.",
+    "What should I cook with rice, eggs and peas?",
+    "Tell me a short story about a lighthouse keeper.",
+)
+FREE_TOKENS = 48  # tokens that each of them is continued by, and that decoding is timed on
+
+
 @dataclass
 class TrainSettings:
     # Preset, hub id, local folder or .gguf file. auto: Llama 3.2 on a GPU, the bundled SmolLM2-135M otherwise.
     model: str = "auto"
-    # How the frozen base is held: nf4 is QLoRA; int8 and the 16/32-bit types train plain LoRA.
-    precision: Precision = "nf4"
+    # How the frozen base is held: nf4 is QLoRA; int8 and the 16/32-bit types train plain LoRA. auto: nf4; for a .gguf file
+    # its own values in 16 bits (32 where the processor has no bf16), so that what is deployed is what was trained.
+    precision: Literal["auto", "nf4", "fp4", "int8", "bf16", "fp16", "fp32"] = "auto"
     # imdb, rotten_tomatoes, a hub id, or a .csv/.jsonl/.parquet file (columns: text+label, prompt+completion,
     # instruction+response, messages, or text alone).
     dataset: str = "imdb"
@@ -276,4 +299,20 @@ class ExportSettings:
     # Importance matrix: quantize by what the training prompts use.
     imatrix: bool = False
     # Where the .gguf files and the Modelfile go.
+    output_dir: Path = Path("gguf-out")
+
+
+@dataclass
+class ParitySettings:
+    # Adapter folder: what was trained, the model that every file is compared with.
+    adapter: Path = Path("qlora-out")
+    # Merged files to measure, as llama-quantize names them; those that are not in --output-dir are exported first.
+    types: tuple[str, ...] = ("f16", "Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0")
+    # Also the types under five bits quantized with an importance matrix from the training prompts.
+    imatrix: bool = False
+    # Only these files, made by whatever means: FILE.gguf, or BASE.gguf+LORA.gguf.
+    gguf: tuple[str, ...] = ()
+    # Held-out rows, those of the training run.
+    eval_samples: int = 400
+    # Where the .gguf files, parity.json, parity.md and parity.png go.
     output_dir: Path = Path("gguf-out")

@@ -79,8 +79,10 @@ def train_and_report(settings: TrainSettings) -> None:
 
 def show_hardware(settings: TrainSettings):
     from qlora.hardware import detect, environment
-    from qlora.loading import default_model
+    from qlora.loading import NAMES, default_model
 
+    if settings.precision == "auto":
+        settings.precision = "nf4" if not settings.model.lower().endswith(".gguf") else NAMES[detect().dtype]
     hardware = detect(settings.precision)
     env = environment(hardware)
     note(f"device     {hardware.name}, {hardware.memory_gib:.0f} GiB")

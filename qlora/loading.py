@@ -34,6 +34,7 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 

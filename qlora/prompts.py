@@ -15,6 +15,8 @@ import jinja2
 from qlora.cli import UsageError, UserError
 
 IGNORE = -100  # label of a position that is not trained on (torch's cross_entropy ignores it)
+# Llama 3's template writes today's date unless it is given one: an adapter would meet another prompt every day.
+TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024"}
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,18 @@ def render(tokenizer, messages: Sequence[dict], add_generation_prompt: bool) -> 
     if tokenizer.chat_template is None:
         parts = [f"Answer: {m['content']}{tokenizer.eos_token}" if m["role"] == "assistant" else m["content"] for m in messages]
         return tokenizer("\n\n".join([*parts, "Answer:"] if add_generation_prompt else parts))["input_ids"]
+    return _apply(tokenizer, arranged(tokenizer, messages), add_generation_prompt=add_generation_prompt, tokenize=True)
+
+
+def arranged(tokenizer, messages: Sequence[dict]) -> list[dict]:
+    """The messages as the chat template takes them: where it takes no system message, that stands before the first user's."""
     if messages[0]["role"] == "system" and not takes_system(tokenizer.chat_template):
-        messages = [{**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}, *messages[2:]]
-    return _apply(tokenizer, messages, add_generation_prompt=add_generation_prompt, tokenize=True)
+        return [{**messages[1], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}, *messages[2:]]
+    return list(messages)
 
 
 def _apply(tokenizer, messages, **options):
-    # Llama 3's template writes today's date unless it is given one: an adapter would meet another prompt every day.
-    return tokenizer.apply_chat_template(list(messages), date_string="26 Jul 2024", return_dict=False, **options)
+    return tokenizer.apply_chat_template(messages, return_dict=False, **TEMPLATE_VARIABLES, **options)
 
 
 @functools.lru_cache
@@ -90,7 +96,12 @@ def shorten(tokenizer, text: str, tokens: int) -> str:
 
 
 def sentiment_prompt(tokenizer, prompt: PromptFormat, text: str, examples: Sequence[tuple[str, int]] = ()) -> list[int]:
-    """Token ids that end where the answer begins.
+    """Token ids that end where the answer begins."""
+    return render(tokenizer, fitted_messages(tokenizer, prompt, text, examples), True)
+
+
+def fitted_messages(tokenizer, prompt: PromptFormat, text: str, examples: Sequence[tuple[str, int]] = ()) -> list[dict]:
+    """sentiment_messages() with as much of the review as max_length has room for.
 
     A review that does not fit loses its beginning; examples (few-shot) come on top of max_length, so that the
     review itself is the same text in every column of the report.
@@ -106,7 +117,7 @@ def sentiment_prompt(tokenizer, prompt: PromptFormat, text: str, examples: Seque
     while (excess := len(render(tokenizer, sentiment_messages(prompt, cut), True)) - room) > 0:
         keep -= excess
         cut = shorten(tokenizer, text, keep)
-    return render(tokenizer, sentiment_messages(prompt, cut, examples), True)
+    return sentiment_messages(prompt, cut, examples)
 
 
 def answer_ids(tokenizer, prompt: PromptFormat, label: int) -> list[int]:

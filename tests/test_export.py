@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
+import sys
 from collections import namedtuple
 
 import pytest
@@ -13,9 +13,8 @@ from conftest import ROOT
 
 from qlora.cli import UsageError, UserError
 
-spec = importlib.util.spec_from_file_location("export", ROOT / "llama.cpp" / "export.py")
-export = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(export)
+sys.path.insert(0, str(ROOT / "llama.cpp"))
+import export  # noqa: E402
 
 built = pytest.mark.skipif(not (export.BIN / "llama-quantize").exists(), reason="llama.cpp/build.sh has not run")
 
@@ -71,7 +70,7 @@ def test_a_merged_adapter_becomes_quantized_files_with_its_template(tmp_path, tr
 
     out = tmp_path / "out"
     export.main(["--adapter", str(trained), "--types", "Q8_0", "--output-dir", str(out)])
-    assert sorted(p.name for p in out.iterdir()) == ["Modelfile", f"{trained.name}-Q8_0.gguf", f"{trained.name}-f16.gguf"]
+    assert sorted(p.name for p in out.iterdir()) == ["Modelfile", "export.json", f"{trained.name}-Q8_0.gguf", f"{trained.name}-f16.gguf"]
     fields = GGUFReader(out / f"{trained.name}-Q8_0.gguf").fields
     assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
     assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
@@ -90,7 +89,7 @@ def test_a_lora_file_carries_the_scaling_that_llama_cpp_expects(tmp_path, traine
     export.main(["--adapter", str(adapter), "--lora", "--output-dir", str(tmp_path / "out")])
     alpha = GGUFReader(tmp_path / "out" / "adapter-lora-f16.gguf").fields["adapter.lora.alpha"].contents()
     assert alpha == pytest.approx(config["lora_alpha"] * (math.sqrt(config["r"]) if rslora else 1))
-    assert "ADAPTER ./adapter-lora-f16.gguf" in (tmp_path / "out" / "Modelfile").read_text()
+    assert "ADAPTER ./adapter-lora-f16.gguf" in (tmp_path / "out" / "Modelfile-lora").read_text()
 
 
 @built

@@ -1,0 +1,349 @@
+"""Is the file that is deployed still the model that was trained? The same reviews through every rung, from NF4 + LoRA to Q4_0.
+
+    python llama.cpp/parity.py                                # exports what is missing into gguf-out/, then measures all of it
+    python llama.cpp/parity.py --gguf my-Q4_K_M.gguf           # only this file
+    python llama.cpp/parity.py --gguf base.gguf+lora.gguf      # only this pair
+
+GGUF files are asked over llama-server's HTTP interface, as a client would ask. Writes parity.json, parity.md and parity.png;
+exits with 1 and the likely cause where a rung breaks its bound.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Sequence
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import export  # noqa: E402
+from config import FREE_PROMPTS, FREE_TOKENS, LLAMA_CPP_TAG, ExportSettings, InferSettings, ParitySettings  # noqa: E402
+from qlora.cli import UsageError, UserError, note, parse, require, run  # noqa: E402
+
+TOP = 1000  # likeliest next tokens asked of the server; the rest of the vocabulary counts as one
+
+
+@dataclass
+class Rung:
+    name: str
+    kind: str  # "merged" or "lora"
+    type: str  # as llama-quantize names it
+    files: list[Path]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse(ParitySettings, argv, __doc__)
+    require(settings.eval_samples > 0, f"--eval-samples {settings.eval_samples}: at least 1 row is needed")
+    adapter, rows = read(settings)
+    rungs = [given(spec) for spec in settings.gguf] or exported(settings, adapter)
+    trained, merged, exam = ask_trained(adapter, rows)
+    results = [result(title(adapter), trained, trained, exam),
+               result("merged 16 bit", merged, trained, exam, *bounds_of("merged", "bf16", False))]
+    for rung in rungs:
+        results.append(measure(rung, adapter, trained, exam))
+        save(settings, adapter, exam, results)
+    hold_lora_to_q8(results)
+    save(settings, adapter, exam, results)
+    show(settings, results)
+
+
+def read(settings: ParitySettings):
+    """The checked adapter and its held-out rows."""
+    from qlora.adapters import read_adapter
+    from qlora.data import load_rows, split
+
+    adapter = read_adapter(settings.adapter)
+    if adapter.prompt is None or adapter.prompt.objective != "sentiment":
+        raise UsageError(f"--adapter {settings.adapter}: parity is measured on labelled reviews; this adapter was not trained on labels by qlora_finetune.py")
+    if not (export.BIN / "llama-server").exists():
+        raise UserError("llama.cpp is not built: run llama.cpp/build.sh first")
+    for spec in settings.gguf:
+        for file in map(Path, spec.split("+")):
+            require(file.is_file(), f"--gguf {file}: no such file")
+    held_out = adapter.dataset["eval_samples"]
+    if settings.eval_samples > held_out:
+        note(f"note       {held_out} rows were held out in training; those are used")
+    found = load_rows(adapter.dataset["name"])
+    _, rows = split(found, 1, min(settings.eval_samples, held_out), adapter.dataset["seed"])
+    note(f"data       {found.origin}: {len(rows)} held-out rows, {len(FREE_PROMPTS)} free prompts")
+    return adapter, rows
+
+
+def given(spec: str) -> Rung:
+    files = [Path(name) for name in spec.split("+")]
+    require(len(files) <= 2, f"--gguf {spec}: one file, or BASE.gguf+LORA.gguf")
+    return Rung("+".join(f.stem for f in files), "lora" if len(files) == 2 else "merged", "", files)
+
+
+def exported(settings: ParitySettings, adapter) -> list[Rung]:
+    """The rungs of the ladder, from the files in --output-dir; what is not there (or of another adapter) is exported first."""
+    have = lambda: export.recorded(settings.output_dir, adapter)  # noqa: E731
+    make = lambda **what: export.make(ExportSettings(settings.adapter, output_dir=settings.output_dir, **what))  # noqa: E731
+    few_bits = [t for t in settings.types if re.match("I?Q[1-4]", t)] if settings.imatrix else []
+    for types, imatrix in ((settings.types, False), (few_bits, True)):
+        there = {what["type"] for what in have().values() if what["kind"] == "merged" and what["imatrix"] == imatrix}
+        missing = [t for t in types if t not in there]
+        if missing:
+            make(types=tuple(missing), imatrix=imatrix)
+    if not any(what["kind"] == "lora" for what in have().values()):
+        make(lora=True)
+    files, rungs = have(), []
+    for imatrix, types in ((False, settings.types), (True, few_bits)):
+        for kind in types:
+            name = next(n for n, w in files.items() if w["kind"] == "merged" and w["type"] == kind and w["imatrix"] == imatrix)
+            rungs.append(Rung(f"{kind} imatrix" if imatrix else kind, "merged", kind, [settings.output_dir / name]))
+    pair = [settings.output_dir / next(n for n, w in files.items() if w["kind"] == part) for part in ("base", "lora")]
+    return [*rungs, Rung("base + LoRA", "lora", "", pair)]
+
+
+def title(adapter) -> str:
+    return f"{'NF4' if adapter.base.precision == 'nf4' else adapter.base.precision} + LoRA"
+
+
+# --- the model that was trained, in transformers ------------------------------------------------------------------------
+
+
+@dataclass
+class Exam:
+    """What every rung is asked."""
+
+    tokenizer: object
+    messages: list[list[dict]]  # of each review
+    free: list[list[dict]]
+    truth: list[int]
+    answers: tuple[str, ...]
+    answer_ids: tuple[int, int]  # first token of each answer
+    context: int
+
+
+def ask_trained(adapter, rows):
+    """(replies of the model as trained, replies of it merged to 16 bits, the exam)."""
+    import qlora_inference
+    from qlora import prompts as p
+    from qlora.fast import speed_up_base
+    from qlora.merging import merged_model
+
+    started = time.perf_counter()
+    model, base, hardware = qlora_inference.load(InferSettings(adapter=(str(adapter.folder),)), [adapter])
+    load_seconds = time.perf_counter() - started
+    tokenizer, prompt = base.tokenizer, adapter.prompt
+    if tokenizer.chat_template is None:
+        raise UserError(f"--adapter {adapter.folder}: its tokenizer has no chat template, so llama-server's chat can't ask it the same question")
+    answer_ids = tuple(p.answer_ids(tokenizer, prompt, label)[0] for label in range(len(prompt.answers)))
+    if len(answer_ids) != 2 or answer_ids[0] == answer_ids[1]:
+        raise UsageError(f"--adapter {adapter.folder}: parity is measured on two answers that differ in their first token, not on {', '.join(prompt.answers)}")
+    free = [p.arranged(tokenizer, [{"role": "user", "content": text}]) for text in FREE_PROMPTS]
+    exam = Exam(tokenizer, [p.arranged(tokenizer, p.fitted_messages(tokenizer, prompt, row.text)) for row in rows], free,
+                [row.label for row in rows], prompt.answers, answer_ids, max(prompt.max_length, 128) + FREE_TOKENS)
+    trained = ask_transformers(model, exam, hardware, load_seconds, title(adapter))
+    trained.scaled = at_other_strengths(model, adapter, trained, hardware)
+    started = time.perf_counter()
+    merged = merged_model("dequantized", adapter, base, hardware)
+    speed_up_base(merged)
+    load_seconds = time.perf_counter() - started
+    replies = ask_transformers(merged, exam, hardware, load_seconds, "merged 16 bit")
+    del model, base, merged  # the servers want the memory
+    gc.collect()
+    return trained, replies, exam
+
+
+def ask_transformers(model, exam: Exam, hardware, load_seconds: float, title: str):
+    from qlora import prompts as p
+    from qlora.before_after import progress
+    from qlora.evaluation import score_labels
+    from qlora.logits import causal_lm
+    from qlora.parity import Reference
+
+    every_token = [[i] for i in range(causal_lm(model).get_output_embeddings().weight.shape[0])]
+    prompts = [p.render(exam.tokenizer, messages, True) for messages in exam.messages]
+    free = [p.render(exam.tokenizer, messages, True) for messages in exam.free]
+    started = time.perf_counter()
+    with progress(len(prompts), title) as step:
+        logprobs = score_labels(model, prompts, every_token, hardware.autocast, step)
+    prefill = sum(map(len, prompts)) / (time.perf_counter() - started)
+    texts, decode = continue_freely(model, exam.tokenizer, free)
+    no, yes = exam.answer_ids
+    return Reference(prompts, logprobs[:, yes] - logprobs[:, no], list(logprobs), list(score_labels(model, free, every_token, hardware.autocast)), texts,
+                     load_seconds, prefill, decode)
+
+
+def continue_freely(model, tokenizer, prompts: list[list[int]]) -> tuple[list[str], float]:
+    """(greedy texts of FREE_TOKENS tokens, tokens per second after the first one)."""
+    import torch
+    from transformers import GenerationConfig
+
+    def generate(ids, tokens):
+        config = GenerationConfig(do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+        with torch.inference_mode():
+            inputs = torch.tensor([ids], device=next(model.parameters()).device)
+            started = time.perf_counter()
+            out = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=config)[0, len(ids):].tolist()
+            return out, time.perf_counter() - started
+
+    generate(prompts[0], 2)  # the first call prepares kernels
+    texts, seconds = [], 0.0
+    for ids in prompts:
+        _, first = generate(ids, 1)
+        tokens, all_of_it = generate(ids, FREE_TOKENS)
+        texts.append(tokenizer.decode(tokens, skip_special_tokens=True))
+        seconds += all_of_it - first
+    return texts, len(prompts) * (FREE_TOKENS - 1) / seconds
+
+
+def at_other_strengths(model, adapter, trained, hardware, rows: int = 8) -> dict:
+    """{strength: logprobs of the first rows}: what a lost or wrongly scaled adapter would say."""
+    import json
+    import math
+
+    from peft.tuners.lora import LoraLayer
+
+    from qlora.evaluation import score_labels
+
+    r = json.loads((adapter.folder / "adapter_config.json").read_text())["r"]
+    every_token = [[i] for i in range(len(trained.next[0]))]
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    kept = [dict(layer.scaling) for layer in layers]
+    scaled = {1: trained.next[:rows]}
+    for strength in (0, 1 / math.sqrt(r), 0.5, 2, math.sqrt(r)):
+        for layer, scaling in zip(layers, kept):
+            layer.scaling.update({name: value * strength for name, value in scaling.items()})
+        scaled[strength] = score_labels(model, trained.prompts[:rows], every_token, hardware.autocast)
+    for layer, scaling in zip(layers, kept):
+        layer.scaling.update(scaling)
+    return scaled
+
+
+# --- a GGUF file, through llama-server -----------------------------------------------------------------------------------
+
+
+def measure(rung: Rung, adapter, trained, exam: Exam) -> dict:
+    """One rung's row; a file that does not even load is a broken rung, not the end of the ladder."""
+    from qlora.parity import check_pair, read_gguf
+
+    try:
+        model, *lora = (read_gguf(file) for file in rung.files)
+        if lora:
+            check_pair(model, *lora, rung.files[1].name, adapter.folder / "adapter_model.safetensors")
+        rung.type = rung.type or file_type(model)
+        size = sum(file.stat().st_size for file in rung.files)
+        # Of a pair, the LoRA's bytes count and its weights do not: they replace nothing.
+        facts = {"kind": rung.kind, "files": [f.name for f in rung.files], "bytes": size, "bits_per_weight": 8 * size / sum(int(t.n_elements) for t in model.tensors)}
+        replies = ask_server(rung, exam)
+    except UserError as error:
+        note(f"{rung.name:14} broken: {error}")
+        return {"name": rung.name, "kind": rung.kind, "files": [f.name for f in rung.files], "broken": [str(error)], "cause": None}
+    return result(rung.name, replies, trained, exam, *bounds_of(rung.kind, rung.type, trained_on(adapter, rung)), **facts)
+
+
+def ask_server(rung: Rung, exam: Exam):
+    import numpy as np
+
+    from qlora.before_after import progress
+    from qlora.llama_server import Server
+    from qlora.parity import Replies
+
+    with Server(export.BIN / "llama-server", rung.files[0], rung.files[1:], exam.context) as server:
+        prompts, odds, nexts, timings = [], [], [], []
+        with progress(len(exam.messages), rung.name) as step:
+            for messages in exam.messages:
+                prompts.append(server.prompt_ids(messages))
+                reply = server.chat(messages, 1, TOP)
+                if reply["prompt_tokens"] != len(prompts[-1]):
+                    raise UserError(f"llama-server read {reply['prompt_tokens']} tokens of a prompt that it tokenizes to {len(prompts[-1])}")
+                found = dict(zip(*reply["top"][0]))
+                unseen = min(found.values())  # at most this likely
+                no, yes = (found.get(token, unseen) for token in exam.answer_ids)
+                odds.append(yes - no)
+                nexts.append(reply["top"][0])
+                timings.append(reply["timings"])
+                step(1)
+        free_next = [server.chat(messages, 1, TOP)["top"][0] for messages in exam.free]
+        free = [server.chat(messages, FREE_TOKENS, to_the_end=True) for messages in exam.free]
+        read, written = (sum(t["prompt_n"] for t in timings), sum(r["timings"]["predicted_n"] - 1 for r in free))
+        return Replies(prompts, np.array(odds), nexts, free_next, [r["text"] for r in free], server.load_seconds,
+                       1000 * read / sum(t["prompt_ms"] for t in timings), 1000 * written / sum(r["timings"]["predicted_ms"] for r in free))
+
+
+def file_type(reader) -> str:
+    """'Q8_0' for MOSTLY_Q8_0"""
+    from gguf import LlamaFileType
+
+    field = reader.fields.get("general.file_type")
+    try:
+        return LlamaFileType(field.contents()).name.removeprefix("MOSTLY_").replace("F16", "f16")
+    except (AttributeError, ValueError):
+        return "unknown"
+
+
+def trained_on(adapter, rung: Rung) -> bool:
+    """Whether a pair's base holds the very weights that the adapter was trained on."""
+    from qlora.fetch import sha256_of
+
+    own_values = adapter.base.precision in ("bf16", "fp16", "fp32")
+    return rung.kind == "lora" and own_values and adapter.base.revision == f"gguf-sha256:{sha256_of(rung.files[0])}"
+
+
+# --- results -------------------------------------------------------------------------------------------------------------
+
+
+def bounds_of(kind: str, quantization: str, trained_on_base: bool):
+    from qlora.parity import bounds
+
+    return bounds(kind, quantization, trained_on_base)
+
+
+def result(name: str, replies, trained, exam: Exam, least: float = 0.0, within: float | None = None, **facts) -> dict:
+    from qlora.parity import cause, compare, verdict
+
+    figures = compare(trained, replies, exam.truth, exam.answers)
+    right = figures["accuracy"]["accuracy"]
+    reference_right = sum((o > 0) == bool(t) for o, t in zip(trained.odds, exam.truth)) / len(exam.truth)
+    broken = verdict(figures, reference_right, least, within)
+    why = cause(trained, replies, exam.tokenizer.decode) if broken else None
+    note(f"{name:14} agrees on {100 * figures['agreement']:.1f}%, accuracy {100 * right:.1f}%, {figures['decode_tokens_per_second']:.1f} tokens/s"
+         + (f"; broken: {'; '.join(broken)}: {why}" if broken else ""))
+    return {"name": name, **facts, **figures, "bound": {"agreement": least, "accuracy_within": within}, "broken": broken, "cause": why}
+
+
+def hold_lora_to_q8(results: list[dict]) -> None:
+    """A pair that is exactly what was trained must be nearer to it than the best quantization of a merged file."""
+    q8 = next((r for r in results if r["name"] == "Q8_0" and "kl" in r), None)
+    for r in results:
+        strict = r.get("kind") == "lora" and "kl" in r and r["bound"]["accuracy_within"] is not None
+        if q8 and strict and r["kl"]["mean"] >= q8["kl"]["mean"]:
+            r["broken"].append(f"mean KL {r['kl']['mean']:.2g} is not below Q8_0's {q8['kl']['mean']:.2g}")
+            r["cause"] = r["cause"] or "the pair is not what was trained"
+
+
+def save(settings: ParitySettings, adapter, exam: Exam, results: list[dict]) -> None:
+    from qlora.hardware import detect, environment
+    from qlora.runs import write_json
+
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(settings.output_dir / "parity.json", {
+        "environment": environment(detect(adapter.base.precision)), "llama_cpp": {"tag": LLAMA_CPP_TAG, "built": (HERE / "build" / "proved").read_text().splitlines()[-1]}, "adapter": adapter.name, "base": asdict(adapter.base),
+        "rows": len(exam.truth), "free_prompts": len(exam.free), "free_tokens": FREE_TOKENS, "top": TOP, "rungs": results,
+    })
+
+
+def show(settings: ParitySettings, results: list[dict]) -> None:
+    """Table on stdout, files, and the one line that says what broke."""
+    from qlora.parity_report import draw, markdown, table
+
+    print(table(results))
+    (settings.output_dir / "parity.md").write_text(markdown(results))
+    draw(settings.output_dir / "parity.png", results)
+    note(f"written    {settings.output_dir}/: parity.json, parity.md, parity.png")
+    broken = [r for r in results if r["broken"]]
+    if broken:
+        raise UserError(f"{len(broken)} of {len(results)} rungs broken: " + " | ".join(
+            f"{r['name']}: {'; '.join(r['broken'])}" + (f" (likely: {r['cause']})" if r["cause"] else "") for r in broken))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,183 @@
+"""Is what was deployed still what was trained? Two next-token distributions a row, and what their difference means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Sequence
+
+import numpy as np
+
+from config import ACCURACY_WITHIN, AGREEMENT, LOWEST_AGREEMENT
+from qlora.cli import UserError
+
+TINY = 1e-7  # probabilities below this are rounding of float32 sums
+
+
+@dataclass
+class Replies:
+    """What one rung of the ladder said."""
+
+    prompts: list[list[int]]  # token ids of each review's prompt
+    odds: np.ndarray  # (rows,) log P(second answer) - log P(first answer) of the next token
+    next: list  # of each row: (ids, logprobs) of the likeliest next tokens, or all logprobs (vocabulary,)
+    free_next: list  # the same, of the free prompts
+    free_text: list[str]  # greedy continuations of the free prompts
+    load_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+
+
+@dataclass
+class Reference(Replies):
+    """The model that was trained; `scaled` holds the first rows' logprobs with the adapter at other strengths: {0: (rows, vocabulary), …}."""
+
+    scaled: dict[float, np.ndarray] = field(default_factory=dict)
+
+
+def kl(reference: np.ndarray, ids: Sequence[int], logprobs: Sequence[float]) -> float:
+    """KL(reference || other) in nats from the reference's logprobs (vocabulary,) and the other's likeliest tokens.
+
+    All tokens that the other did not list count as one, so this is a lower bound; it is tight when the list holds nearly all
+    the mass: kl(log [.5, .25, .25], [0], [log .5]) -> 0.0
+    """
+    p, q = np.exp(reference[list(ids)].astype(np.float64)), np.exp(np.asarray(logprobs, np.float64))
+    p_rest, q_rest = max(1 - p.sum(), TINY), max(1 - q.sum(), TINY)
+    return float((p * np.log(np.maximum(p, 1e-30) / np.maximum(q, 1e-30))).sum() + p_rest * np.log(p_rest / q_rest))
+
+
+def divergence(reference: np.ndarray, other) -> float:
+    """kl() against a list of likeliest tokens, or against all logprobs."""
+    return kl(reference, *other) if isinstance(other, tuple) else kl(reference, range(len(other)), other)
+
+
+def same_text(reference: str, other: str) -> float:
+    """Share of the reference's characters before the first difference: same_text('one two', 'one 2') -> 0.571"""
+    same = next((i for i, (a, b) in enumerate(zip(reference, other)) if a != b), min(len(reference), len(other)))
+    return same / len(reference) if reference else float(other == reference)
+
+
+def compare(reference: Reference, rung: Replies, truth: Sequence[int], answers: Sequence[str]) -> dict:
+    """The figures of one rung, as parity.json holds them."""
+    from qlora.evaluation import accuracy_report
+
+    labels, wanted = (rung.odds > 0).astype(int), (reference.odds > 0).astype(int)
+    shift = np.abs(rung.odds - reference.odds)
+    divergences = [divergence(r, o) for r, o in zip(reference.next, rung.next)]
+    free = [divergence(r, o) for r, o in zip(reference.free_next, rung.free_next)]
+    return {
+        "acts_like": acts_like(reference, rung),
+        "prompt_ids_equal": rung.prompts == reference.prompts,
+        "agreement": float((labels == wanted).mean()),
+        "disagreements": int((labels != wanted).sum()),
+        "accuracy": accuracy_report(labels.tolist(), truth, answers),
+        "log_odds_shift": {"mean": float(shift.mean()), "max": float(shift.max())},
+        "kl": {"mean": float(np.mean(divergences)), "max": float(np.max(divergences))},
+        "free": {"kl_mean": float(np.mean(free)), "same_text": float(np.mean([same_text(r, o) for r, o in zip(reference.free_text, rung.free_text)]))},
+        "load_seconds": rung.load_seconds,
+        "prefill_tokens_per_second": rung.prefill_tokens_per_second,
+        "decode_tokens_per_second": rung.decode_tokens_per_second,
+    }
+
+
+def bounds(kind: str, quantization: str, trained_on_base: bool) -> tuple[float, float | None]:
+    """(least label agreement, largest change of accuracy or None) for a rung.
+
+    A base + LoRA pair is held to the strict bound where the adapter was trained on that very base; over another base it is not the
+    model that was trained, and is only kept from being broken.
+    """
+    if kind == "lora":
+        return (AGREEMENT["f16"], ACCURACY_WITHIN) if trained_on_base else (LOWEST_AGREEMENT, None)
+    least = AGREEMENT.get(quantization, LOWEST_AGREEMENT)
+    return least, ACCURACY_WITHIN if least == AGREEMENT["f16"] else None
+
+
+def verdict(figures: dict, reference_accuracy: float, least: float, within: float | None) -> list[str]:
+    """What a rung breaks, in words; empty if nothing. On few rows one is always allowed to differ."""
+    rows = figures["accuracy"]["rows"]
+    broken = []
+    if not figures["prompt_ids_equal"]:
+        broken.append("prompt token ids differ")
+    if figures["disagreements"] > max(1, round((1 - least) * rows)):
+        broken.append(f"labels agree on {100 * figures['agreement']:.1f}% of rows, bound {100 * least:g}%")
+    if figures["acts_like"] != 1:
+        broken.append(f"it answers as with the adapter at {figures['acts_like']:.3g} of its strength")
+    change = abs(figures["accuracy"]["accuracy"] - reference_accuracy)
+    if within is not None and change * rows > max(1, within * rows) + 1e-9:
+        broken.append(f"accuracy changed by {100 * change:.1f} points, bound {100 * within:g}")
+    return broken
+
+
+def cause(reference: Reference, rung: Replies, decode) -> str:
+    """The likely cause of a broken bound; `decode` turns token ids into text."""
+    for theirs, ours in zip(rung.prompts, reference.prompts):
+        if theirs != ours:
+            return prompt_cause(theirs, ours, decode)
+    strength = acts_like(reference, rung)
+    if strength == 0:
+        return "the adapter is not applied: the answers are those of the base alone"
+    if strength != 1:
+        return f"the adapter is scaled wrong: it acts like {strength:.3g} times what was trained (alpha/r where rsLoRA means alpha/sqrt(r)?)"
+    return "the weights differ: too few bits, another base under the adapter, or another adapter"
+
+
+def acts_like(reference: Reference, rung: Replies) -> float:
+    """The adapter's strength that explains the answers: 1, unless they are clearly nearer to the reference at another one."""
+    if not reference.scaled:
+        return 1
+    distance = {strength: np.mean([divergence(r, o) for r, o in zip(logprobs, rung.next)]) for strength, logprobs in reference.scaled.items()}
+    nearest = min(distance, key=distance.get)
+    return nearest if distance[nearest] < distance[1] / 2 else 1
+
+
+def prompt_cause(theirs: list[int], ours: list[int], decode) -> str:
+    """Where two prompts part, and what that means."""
+    at = next((i for i, (a, b) in enumerate(zip(theirs, ours)) if a != b), min(len(theirs), len(ours)))
+    if theirs[1:] == ours and theirs[0] == ours[0]:
+        return f"BOS is doubled: the file puts {decode(theirs[:1])!r} before a prompt that begins with it"
+    if theirs[1:] == ours:
+        return f"BOS is added: the file puts {decode(theirs[:1])!r} before the prompt, training did not"
+    if theirs == ours[1:]:
+        return f"BOS is missing: the prompt should begin with {decode(ours[:1])!r}"
+    return (f"the chat template (or the tokenizer) is another one: at token {at} the file has {decode(theirs[at : at + 8])!r}, "
+            f"training had {decode(ours[at : at + 8])!r}")
+
+
+# --- files, before a server is started on them -----------------------------------------------------------------------
+
+
+def read_gguf(path: Path):
+    """A GGUFReader of a file that is whole; raises UserError if it is cut short or no GGUF."""
+    import struct
+
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, KeyError, struct.error, OSError) as error:
+        raise UserError(f"{path}: cut short or not a GGUF file ({str(error)[:100]}); export it again") from None
+    return reader
+
+
+def check_pair(base, lora, name: str, adapter_weights: Path) -> None:
+    """A LoRA file (its reader, and the `name` to call it by) fits its base and holds the matrices of the adapter that is meant; raises UserError."""
+    shapes = {t.name: t.shape.tolist() for t in base.tensors}
+    norms = {"lora_A": [], "lora_B": []}
+    for tensor in lora.tensors:
+        target, which = tensor.name.rsplit(".", 1)
+        inner = 0 if which == "lora_a" else 1
+        have, want = shapes.get(target), tensor.shape.tolist()[0 if which == "lora_a" else 1]
+        if have is None or have[inner] != want:
+            raise UserError(f"{name} was made for another model: its {tensor.name} wants {want} channels, the base has {have[inner] if have else 'no such matrix'}")
+        norms["lora_A" if which == "lora_a" else "lora_B"].append(float(np.linalg.norm(tensor.data.astype(np.float32))))
+    # Norms survive the converter's reordering of rows, so they tell adapters apart without knowing its names.
+    for which, wanted in adapter_norms(adapter_weights).items():
+        if len(wanted) != len(norms[which]) or not np.allclose(sorted(wanted), sorted(norms[which]), rtol=1e-3, atol=1e-6):
+            raise UserError(f"{name} holds another adapter than {adapter_weights.parent}: its {which} matrices differ")
+
+
+def adapter_norms(path: Path) -> dict[str, list[float]]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return {which: [file.get_tensor(name).float().norm().item() for name in file.keys() if which in name] for which in ("lora_A", "lora_B")}

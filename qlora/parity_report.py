@@ -1,0 +1,60 @@
+"""The parity ladder as a table and a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlora.report import percent
+
+HEADS = ("rung", "MB", "bits/weight", "same ids", "agreement", "accuracy (95% interval)", "Δ log-odds mean, max", "KL mean, max",
+         "free KL", "free text", "prefill tok/s", "decode tok/s", "load s", "")
+
+
+def cells(r: dict) -> list[str]:
+    """One rung's row, in the order of HEADS."""
+    size = [f"{r['bytes'] / 1e6:.0f}", f"{r['bits_per_weight']:.2f}"] if "bytes" in r else ["", ""]
+    if "kl" not in r:
+        return [r["name"], *size, *[""] * 10, "broken"]
+    right = r["accuracy"]
+    return [
+        r["name"], *size, "yes" if r["prompt_ids_equal"] else "NO", percent(r["agreement"]),
+        f"{percent(right['accuracy'])} ({100 * right['low']:.1f} to {100 * right['high']:.1f})",
+        f"{r['log_odds_shift']['mean']:.3f}, {r['log_odds_shift']['max']:.2f}", f"{r['kl']['mean']:.5f}, {r['kl']['max']:.3f}",
+        f"{r['free']['kl_mean']:.4f}", percent(r["free"]["same_text"]),
+        f"{r['prefill_tokens_per_second']:.0f}", f"{r['decode_tokens_per_second']:.1f}", f"{r['load_seconds']:.1f}", "broken" if r["broken"] else "",
+    ]
+
+
+def table(results: list[dict]) -> str:
+    rows = [list(HEADS), *map(cells, results)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADS))]
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
+
+
+def markdown(results: list[dict]) -> str:
+    lines = ["| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS), *("| " + " | ".join(cells(r)) + " |" for r in results)]
+    broken = [f"- {r['name']}: {'; '.join(r['broken'])}" + (f" (likely: {r['cause']})" if r["cause"] else "") for r in results if r["broken"]]
+    return "\n".join([*lines, *(["", "Broken:", "", *broken] if broken else [])]) + "\n"
+
+
+def draw(path: Path, results: list[dict]) -> None:
+    """Every file's size, accuracy, distance from the trained model and decoding speed; the trained model is the dashed line."""
+    from qlora.pictures import COLOURS, new_axes, save
+
+    trained, files = results[0], sorted((r for r in results if "bytes" in r and "kl" in r), key=lambda r: -r["bytes"])
+    figure, (size, right, distance, speed) = new_axes(width=11, height=1.4 + 0.4 * max(len(files), 3), ncols=4, sharey=True)
+    for y, r in enumerate(files):
+        colour, accuracy = COLOURS[3] if r["kind"] == "lora" else COLOURS[0], r["accuracy"]
+        size.barh(y, r["bytes"] / 1e6, color=colour)
+        right.errorbar([100 * accuracy["accuracy"]], [y], xerr=[[100 * (accuracy["accuracy"] - accuracy["low"])], [100 * (accuracy["high"] - accuracy["accuracy"])]],
+                       fmt="o", color=colour, capsize=3)
+        distance.plot([max(r["kl"]["mean"], 1e-6)], [y], "o", color=colour)
+        speed.barh(y, r["decode_tokens_per_second"], color=colour)
+    for axes, value in ((right, 100 * trained["accuracy"]["accuracy"]), (speed, trained["decode_tokens_per_second"])):
+        axes.axvline(value, color=COLOURS[6], linestyle="--", linewidth=1)
+    distance.set_xscale("log")
+    size.set(yticks=range(len(files)), yticklabels=[r["name"] for r in files], xlabel="size, MB")
+    right.set(xlabel=f"accuracy, %\n({trained['accuracy']['rows']} reviews, 95% interval)")
+    distance.set(xlabel=f"mean KL from\n{trained['name']}, nats")
+    speed.set(xlabel=f"decoding, tokens/s\n(dashed: {trained['name']}\nin transformers)")
+    save(figure, path)
