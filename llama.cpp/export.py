@@ -203,14 +203,15 @@ def check_metadata(gguf_file: Path, tokenizer_folder: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoTokenizer
 
+    from qlora.ollama import adds_bos
+
     fields = GGUFReader(gguf_file).fields
     value = lambda key: fields[key].contents() if key in fields else None  # noqa: E731
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None
     wanted = {
         "tokenizer.chat_template": tokenizer.chat_template,
         "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
-        "tokenizer.ggml.add_bos_token": adds_bos,
+        "tokenizer.ggml.add_bos_token": adds_bos(tokenizer),
     }
     for key, should in wanted.items():
         found = value(key)
@@ -219,10 +220,20 @@ def check_metadata(gguf_file: Path, tokenizer_folder: Path) -> None:
 
 
 def write_modelfile(settings: ExportSettings, adapter, aside: Path, files: list[Path]) -> Path:
-    """For Ollama: the file, the adapter if apart, greedy decoding; the template is the one inside the GGUF."""
+    """For Ollama: the file, the adapter if apart, the adapter's chat template and system message, greedy decoding."""
+    from transformers import AutoTokenizer
+
+    from qlora.ollama import go_template
+
+    tokenizer = AutoTokenizer.from_pretrained(adapter.folder)
     lines = [f"FROM ./{files[0].name}"]
     if settings.lora:
         lines.append(f"ADAPTER ./{files[1].name}")
+    if tokenizer.chat_template is not None:
+        try:
+            lines += [f'TEMPLATE """{go_template(tokenizer)}"""', f'PARAMETER stop "{tokenizer.eos_token}"']
+        except UserError as error:
+            note(f"note       no TEMPLATE in the Modelfile: {error}")
     lines.append("PARAMETER temperature 0")
     if adapter.prompt is not None and adapter.prompt.system:
         lines.append(f'SYSTEM """{adapter.prompt.system}"""')
