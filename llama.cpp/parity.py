@@ -25,6 +25,8 @@ import export  # noqa: E402
 from config import FREE_PROMPTS, FREE_TOKENS, LLAMA_CPP_TAG, ExportSettings, InferSettings, ParitySettings  # noqa: E402
 from qlora.cli import UsageError, UserError, note, parse, require, run  # noqa: E402
 
+PROVED = HERE / "build" / "proved"
+TIMED = 32  # reviews on which transformers' prefill is timed
 TOP = 1000  # likeliest next tokens asked of the server; the rest of the vocabulary counts as one
 
 
@@ -39,9 +41,12 @@ class Rung:
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(ParitySettings, argv, __doc__)
     require(settings.eval_samples > 0, f"--eval-samples {settings.eval_samples}: at least 1 row is needed")
-    adapter, rows = read(settings)
-    rungs = [given(spec) for spec in settings.gguf] or exported(settings, adapter)
-    trained, merged, exam = ask_trained(adapter, rows)
+    require(not settings.output_dir.exists() or settings.output_dir.is_dir(), f"--output-dir {settings.output_dir}: is a file; name a folder")
+    settings.types = tuple(map(export.canonical, settings.types))
+    given_rungs = [given(spec) for spec in settings.gguf]
+    adapter, exam = read(settings)
+    rungs = given_rungs or exported(settings, adapter)
+    trained, merged = ask_trained(adapter, exam)
     results = [result(title(adapter), trained, trained, exam),
                result("merged 16 bit", merged, trained, exam, *bounds_of("merged", "bf16", False))]
     for rung in rungs:
@@ -50,62 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     hold_lora_to_q8(results)
     save(settings, adapter, exam, results)
     show(settings, results)
-
-
-def read(settings: ParitySettings):
-    """The checked adapter and its held-out rows."""
-    from qlora.adapters import read_adapter
-    from qlora.data import load_rows, split
-
-    adapter = read_adapter(settings.adapter)
-    if adapter.prompt is None or adapter.prompt.objective != "sentiment":
-        raise UsageError(f"--adapter {settings.adapter}: parity is measured on labelled reviews; this adapter was not trained on labels by qlora_finetune.py")
-    if not (export.BIN / "llama-server").exists():
-        raise UserError("llama.cpp is not built: run llama.cpp/build.sh first")
-    for spec in settings.gguf:
-        for file in map(Path, spec.split("+")):
-            require(file.is_file(), f"--gguf {file}: no such file")
-    held_out = adapter.dataset["eval_samples"]
-    if settings.eval_samples > held_out:
-        note(f"note       {held_out} rows were held out in training; those are used")
-    found = load_rows(adapter.dataset["name"])
-    _, rows = split(found, 1, min(settings.eval_samples, held_out), adapter.dataset["seed"])
-    note(f"data       {found.origin}: {len(rows)} held-out rows, {len(FREE_PROMPTS)} free prompts")
-    return adapter, rows
-
-
-def given(spec: str) -> Rung:
-    files = [Path(name) for name in spec.split("+")]
-    require(len(files) <= 2, f"--gguf {spec}: one file, or BASE.gguf+LORA.gguf")
-    return Rung("+".join(f.stem for f in files), "lora" if len(files) == 2 else "merged", "", files)
-
-
-def exported(settings: ParitySettings, adapter) -> list[Rung]:
-    """The rungs of the ladder, from the files in --output-dir; what is not there (or of another adapter) is exported first."""
-    have = lambda: export.recorded(settings.output_dir, adapter)  # noqa: E731
-    make = lambda **what: export.make(ExportSettings(settings.adapter, output_dir=settings.output_dir, **what))  # noqa: E731
-    few_bits = [t for t in settings.types if re.match("I?Q[1-4]", t)] if settings.imatrix else []
-    for types, imatrix in ((settings.types, False), (few_bits, True)):
-        there = {what["type"] for what in have().values() if what["kind"] == "merged" and what["imatrix"] == imatrix}
-        missing = [t for t in types if t not in there]
-        if missing:
-            make(types=tuple(missing), imatrix=imatrix)
-    if not any(what["kind"] == "lora" for what in have().values()):
-        make(lora=True)
-    files, rungs = have(), []
-    for imatrix, types in ((False, settings.types), (True, few_bits)):
-        for kind in types:
-            name = next(n for n, w in files.items() if w["kind"] == "merged" and w["type"] == kind and w["imatrix"] == imatrix)
-            rungs.append(Rung(f"{kind} imatrix" if imatrix else kind, "merged", kind, [settings.output_dir / name]))
-    pair = [settings.output_dir / next(n for n, w in files.items() if w["kind"] == part) for part in ("base", "lora")]
-    return [*rungs, Rung("base + LoRA", "lora", "", pair)]
-
-
-def title(adapter) -> str:
-    return f"{'NF4' if adapter.base.precision == 'nf4' else adapter.base.precision} + LoRA"
-
-
-# --- the model that was trained, in transformers ------------------------------------------------------------------------
 
 
 @dataclass
@@ -121,38 +70,98 @@ class Exam:
     context: int
 
 
-def ask_trained(adapter, rows):
-    """(replies of the model as trained, replies of it merged to 16 bits, the exam)."""
-    import qlora_inference
+def read(settings: ParitySettings):
+    """(the checked adapter, the exam of its held-out rows); all that can be refused without a model is refused here."""
+    from transformers import AutoTokenizer
+
     from qlora import prompts as p
+    from qlora.adapters import read_adapter
+    from qlora.data import load_rows, split
+
+    adapter, what = read_adapter(settings.adapter), f"--adapter {settings.adapter}"
+    if adapter.prompt is None or adapter.prompt.objective != "sentiment":
+        raise UsageError(f"{what}: parity is measured on labelled reviews; this adapter was not trained on labels by qlora_finetune.py")
+    if not (export.BIN / "llama-server").exists() or not PROVED.is_file():
+        raise UserError("llama.cpp is not built: run llama.cpp/build.sh first")
+    tokenizer, prompt = AutoTokenizer.from_pretrained(adapter.folder), adapter.prompt
+    if tokenizer.chat_template is None:
+        raise UserError(f"{what}: its tokenizer has no chat template, so llama-server's chat can't ask it the same question")
+    answer_ids = tuple(p.answer_ids(tokenizer, prompt, label)[0] for label in range(len(prompt.answers)))
+    if len(answer_ids) != 2 or answer_ids[0] == answer_ids[1]:
+        raise UsageError(f"{what}: parity is measured on two answers that differ in their first token, not on {', '.join(prompt.answers)}")
+    name, held_out = adapter.dataset["name"], adapter.dataset["eval_samples"]
+    found = load_rows(name)
+    if found.kind != "labels" or found.answers != prompt.answers:
+        raise UserError(f"{what}: {name} has changed since training: it has {', '.join(found.answers) or 'no labels'}, the adapter answers {', '.join(prompt.answers)}")
+    if settings.eval_samples > held_out:
+        note(f"note       {held_out} rows were held out in training; those are used")
+    _, rows = split(found, 1, min(settings.eval_samples, held_out), adapter.dataset["seed"])
+    note(f"data       {found.origin}: {len(rows)} held-out rows, {len(FREE_PROMPTS)} free prompts")
+    free = [p.arranged(tokenizer, [{"role": "user", "content": text}]) for text in FREE_PROMPTS]
+    messages = [p.arranged(tokenizer, p.fitted_messages(tokenizer, prompt, row.text)) for row in rows]
+    return adapter, Exam(tokenizer, messages, free, [row.label for row in rows], prompt.answers, answer_ids, max(prompt.max_length, 128) + FREE_TOKENS)
+
+
+def given(spec: str) -> Rung:
+    files = [Path(spec)] if Path(spec).is_file() else [Path(name) for name in spec.split("+")]
+    require(len(files) <= 2, f"--gguf {spec}: one file, or BASE.gguf+LORA.gguf")
+    for file in files:
+        require(file.is_file(), f"--gguf {file}: no such file")
+    return Rung("+".join(f.stem for f in files), "lora" if len(files) == 2 else "merged", "", files)
+
+
+def exported(settings: ParitySettings, adapter) -> list[Rung]:
+    """The rungs of the ladder, from the files in --output-dir; what is not there (or of another adapter) is exported first."""
+    have = lambda: export.recorded(settings.output_dir, adapter)  # noqa: E731
+    make = lambda **what: export.make(ExportSettings(settings.adapter, output_dir=settings.output_dir, **what), replace_modelfile=False)  # noqa: E731
+    few_bits = [t for t in settings.types if re.match("I?Q[1-4]", t)] if settings.imatrix else []
+    for types, imatrix in ((settings.types, False), (few_bits, True)):
+        there = {what["type"] for what in have().values() if what["kind"] == "merged" and what["imatrix"] == imatrix}
+        missing = [t for t in types if t not in there]
+        if missing:
+            make(types=tuple(missing), imatrix=imatrix)
+    unfit = export.unfit_for_lora_file(adapter)
+    if unfit:
+        note(f"note       no base + LoRA rung: {unfit}")
+    elif not any(what["kind"] == "lora" for what in have().values()):
+        make(lora=True)
+    files, rungs = have(), []
+    for imatrix, types in ((False, settings.types), (True, few_bits)):
+        for kind in types:
+            name = next(n for n, w in files.items() if w["kind"] == "merged" and w["type"] == kind and w["imatrix"] == imatrix)
+            rungs.append(Rung(f"{kind} imatrix" if imatrix else kind, "merged", kind, [settings.output_dir / name]))
+    if not unfit:
+        rungs.append(Rung("base + LoRA", "lora", "", [settings.output_dir / next(n for n, w in files.items() if w["kind"] == part) for part in ("base", "lora")]))
+    return rungs
+
+
+def title(adapter) -> str:
+    return f"{'NF4' if adapter.base.precision == 'nf4' else adapter.base.precision} + LoRA"
+
+
+# --- the model that was trained, in transformers ------------------------------------------------------------------------
+
+
+def ask_trained(adapter, exam: Exam):
+    """(replies of the model as trained, replies of it merged to 16 bits)."""
+    import qlora_inference
     from qlora.fast import speed_up_base
     from qlora.merging import merged_model
 
     started = time.perf_counter()
     model, base, hardware = qlora_inference.load(InferSettings(adapter=(str(adapter.folder),)), [adapter])
     load_seconds = time.perf_counter() - started
-    tokenizer, prompt = base.tokenizer, adapter.prompt
-    if tokenizer.chat_template is None:
-        raise UserError(f"--adapter {adapter.folder}: its tokenizer has no chat template, so llama-server's chat can't ask it the same question")
-    answer_ids = tuple(p.answer_ids(tokenizer, prompt, label)[0] for label in range(len(prompt.answers)))
-    if len(answer_ids) != 2 or answer_ids[0] == answer_ids[1]:
-        raise UsageError(f"--adapter {adapter.folder}: parity is measured on two answers that differ in their first token, not on {', '.join(prompt.answers)}")
-    free = [p.arranged(tokenizer, [{"role": "user", "content": text}]) for text in FREE_PROMPTS]
-    exam = Exam(tokenizer, [p.arranged(tokenizer, p.fitted_messages(tokenizer, prompt, row.text)) for row in rows], free,
-                [row.label for row in rows], prompt.answers, answer_ids, max(prompt.max_length, 128) + FREE_TOKENS)
     trained = ask_transformers(model, exam, hardware, load_seconds, title(adapter))
     trained.scaled = at_other_strengths(model, adapter, trained, hardware)
-    started = time.perf_counter()
     merged = merged_model("dequantized", adapter, base, hardware)
     speed_up_base(merged)
-    load_seconds = time.perf_counter() - started
-    replies = ask_transformers(merged, exam, hardware, load_seconds, "merged 16 bit")
+    replies = ask_transformers(merged, exam, hardware, None, "merged 16 bit")
     del model, base, merged  # the servers want the memory
     gc.collect()
-    return trained, replies, exam
+    return trained, replies
 
 
-def ask_transformers(model, exam: Exam, hardware, load_seconds: float, title: str):
+def ask_transformers(model, exam: Exam, hardware, load_seconds: float | None, title: str):
     from qlora import prompts as p
     from qlora.before_after import progress
     from qlora.evaluation import score_labels
@@ -162,13 +171,15 @@ def ask_transformers(model, exam: Exam, hardware, load_seconds: float, title: st
     every_token = [[i] for i in range(causal_lm(model).get_output_embeddings().weight.shape[0])]
     prompts = [p.render(exam.tokenizer, messages, True) for messages in exam.messages]
     free = [p.render(exam.tokenizer, messages, True) for messages in exam.free]
-    started = time.perf_counter()
     with progress(len(prompts), title) as step:
         logprobs = score_labels(model, prompts, every_token, hardware.autocast, step)
-    prefill = sum(map(len, prompts)) / (time.perf_counter() - started)
+    started = time.perf_counter()
+    for ids in prompts[:TIMED]:  # one at a time, as the server gets them
+        score_labels(model, [ids], every_token, hardware.autocast)
+    prefill = sum(map(len, prompts[:TIMED])) / (time.perf_counter() - started)
     texts, decode = continue_freely(model, exam.tokenizer, free)
     no, yes = exam.answer_ids
-    return Reference(prompts, logprobs[:, yes] - logprobs[:, no], list(logprobs), list(score_labels(model, free, every_token, hardware.autocast)), texts,
+    return Reference(prompts + free, logprobs[:, yes] - logprobs[:, no], list(logprobs), list(score_labels(model, free, every_token, hardware.autocast)), texts,
                      load_seconds, prefill, decode)
 
 
@@ -208,8 +219,11 @@ def at_other_strengths(model, adapter, trained, hardware, rows: int = 8) -> dict
     every_token = [[i] for i in range(len(trained.next[0]))]
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
     kept = [dict(layer.scaling) for layer in layers]
+    rows = min(rows, len(trained.odds))
     scaled = {1: trained.next[:rows]}
-    for strength in (0, 1 / math.sqrt(r), 0.5, 2, math.sqrt(r)):
+    with model.disable_adapter():
+        scaled[0] = score_labels(model, trained.prompts[:rows], every_token, hardware.autocast)
+    for strength in (1 / math.sqrt(r), math.sqrt(r)):
         for layer, scaling in zip(layers, kept):
             layer.scaling.update({name: value * strength for name, value in scaling.items()})
         scaled[strength] = score_labels(model, trained.prompts[:rows], every_token, hardware.autocast)
@@ -230,14 +244,16 @@ def measure(rung: Rung, adapter, trained, exam: Exam) -> dict:
         if lora:
             check_pair(model, *lora, rung.files[1].name, adapter.folder / "adapter_model.safetensors")
         rung.type = rung.type or file_type(model)
+        if len(model.fields["tokenizer.ggml.tokens"].data) > len(trained.next[0]):
+            raise UserError(f"{rung.files[0].name} is another model: its vocabulary is larger than that of the model that was trained")
         size = sum(file.stat().st_size for file in rung.files)
         # Of a pair, the LoRA's bytes count and its weights do not: they replace nothing.
         facts = {"kind": rung.kind, "files": [f.name for f in rung.files], "bytes": size, "bits_per_weight": 8 * size / sum(int(t.n_elements) for t in model.tensors)}
         replies = ask_server(rung, exam)
+        return result(rung.name, replies, trained, exam, *bounds_of(rung.kind, rung.type, trained_on(adapter, rung)), **facts)
     except UserError as error:
         note(f"{rung.name:14} broken: {error}")
         return {"name": rung.name, "kind": rung.kind, "files": [f.name for f in rung.files], "broken": [str(error)], "cause": None}
-    return result(rung.name, replies, trained, exam, *bounds_of(rung.kind, rung.type, trained_on(adapter, rung)), **facts)
 
 
 def ask_server(rung: Rung, exam: Exam):
@@ -262,6 +278,7 @@ def ask_server(rung: Rung, exam: Exam):
                 nexts.append(reply["top"][0])
                 timings.append(reply["timings"])
                 step(1)
+        prompts += [server.prompt_ids(messages) for messages in exam.free]
         free_next = [server.chat(messages, 1, TOP)["top"][0] for messages in exam.free]
         free = [server.chat(messages, FREE_TOKENS, to_the_end=True) for messages in exam.free]
         read, written = (sum(t["prompt_n"] for t in timings), sum(r["timings"]["predicted_n"] - 1 for r in free))
@@ -275,8 +292,8 @@ def file_type(reader) -> str:
 
     field = reader.fields.get("general.file_type")
     try:
-        return LlamaFileType(field.contents()).name.removeprefix("MOSTLY_").replace("F16", "f16")
-    except (AttributeError, ValueError):
+        return export.canonical(LlamaFileType(field.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_"))
+    except (AttributeError, ValueError, UsageError):
         return "unknown"
 
 
@@ -325,10 +342,16 @@ def save(settings: ParitySettings, adapter, exam: Exam, results: list[dict]) -> 
     from qlora.runs import write_json
 
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(settings.output_dir / "parity.json", {
-        "environment": environment(detect(adapter.base.precision)), "llama_cpp": {"tag": LLAMA_CPP_TAG, "built": (HERE / "build" / "proved").read_text().splitlines()[-1]}, "adapter": adapter.name, "base": asdict(adapter.base),
+    write_json(settings.output_dir / f"{stem(settings)}.json", {
+        "environment": environment(detect(adapter.base.precision)), "llama_cpp": {"tag": LLAMA_CPP_TAG, "built": PROVED.read_text().splitlines()[1]}, "adapter": adapter.name,
+        "base": {k: v for k, v in asdict(adapter.base).items() if k != "public_name"},  # a path of this machine, where the base is a file
         "rows": len(exam.truth), "free_prompts": len(exam.free), "free_tokens": FREE_TOKENS, "top": TOP, "rungs": results,
     })
+
+
+def stem(settings: ParitySettings) -> str:
+    """Single files do not overwrite the ladder's record."""
+    return "parity-given" if settings.gguf else "parity"
 
 
 def show(settings: ParitySettings, results: list[dict]) -> None:
@@ -336,9 +359,10 @@ def show(settings: ParitySettings, results: list[dict]) -> None:
     from qlora.parity_report import draw, markdown, table
 
     print(table(results))
-    (settings.output_dir / "parity.md").write_text(markdown(results))
-    draw(settings.output_dir / "parity.png", results)
-    note(f"written    {settings.output_dir}/: parity.json, parity.md, parity.png")
+    name = stem(settings)
+    (settings.output_dir / f"{name}.md").write_text(markdown(results))
+    draw(settings.output_dir / f"{name}.png", results)
+    note(f"written    {settings.output_dir}/: {name}.json, {name}.md, {name}.png")
     broken = [r for r in results if r["broken"]]
     if broken:
         raise UserError(f"{len(broken)} of {len(results)} rungs broken: " + " | ".join(

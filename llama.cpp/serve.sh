@@ -58,7 +58,7 @@ number --ctx-size "$context" 16 1048576
 # A Modelfile names what belongs together: base and adapter (Modelfile-lora), or the first type of a merged model.
 if [ -z "$model" ]; then
   made=gguf-out/Modelfile-lora
-  [ -f "$made" ] || made=gguf-out/Modelfile
+  [ -f "$made" ] || [ ${#adapters[@]} -gt 0 ] || made=gguf-out/Modelfile # on a merged model an adapter would be applied twice
   [ -f "$made" ] || fail "gguf-out/ holds no exported model: run \`python llama.cpp/export.py --lora\` first, or name a file with --model"
   model="gguf-out/$(sed -n '/^FROM /{s|^FROM \./||p;q;}' "$made")"
   adapter="$(sed -n '/^ADAPTER /{s|^ADAPTER \./||p;q;}' "$made")"

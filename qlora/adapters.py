@@ -46,7 +46,7 @@ def save_notes(folder: Path, prompt: PromptFormat, base: BaseInfo, dataset: dict
 def read_adapter(folder: Path) -> Adapter:
     """Check an adapter folder without loading a model; raises UserError (UsageError if it is not there)."""
     if not folder.is_dir():
-        raise UsageError(f"--adapter {folder}: no such folder; train one with `python qlora_finetune.py`, or use --adapter none")
+        raise UsageError(f"--adapter {folder}: no such folder; train one with `python qlora_finetune.py` (qlora_inference.py also takes --adapter none: the base alone)")
     if not (folder / CONFIG).is_file():
         raise UserError(f"--adapter {folder}: no {CONFIG} in it; is the training run complete? (python qlora_finetune.py --resume)")
     if not (folder / WEIGHTS).is_file():
@@ -65,7 +65,8 @@ def read_adapter(folder: Path) -> Adapter:
         base, prompt = BaseInfo(**notes["base"]), PromptFormat.from_json(notes["prompt"])
     except (KeyError, TypeError):
         raise UserError(f"--adapter {folder}: {NOTES} lacks what this version writes; train again") from None
-    return Adapter(folder, base.name, prompt, base, notes.get("dataset", {}))
+    # A .gguf file was perhaps named from another folder; its whole path is known.
+    return Adapter(folder, base.public_name if base.name.lower().endswith(".gguf") else base.name, prompt, base, notes.get("dataset", {}))
 
 
 def check_weights(path: Path) -> None:

@@ -8,6 +8,7 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
 from typing import Callable, Sequence, TypeVar
 
@@ -82,6 +83,7 @@ def require(condition: bool, message: str) -> None:
 
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """Call `main`, turn what went wrong into one line on stderr and an exit code (0, 1, 2 or 130)."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: temporary files go, a server that was started stops
     try:
         main(None)
     except UserError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import os
 import socket
 import subprocess
 import tempfile
@@ -16,6 +18,7 @@ from qlora.cli import UserError
 from qlora.prompts import TEMPLATE_VARIABLES
 
 PATIENCE_SECONDS = 600  # a 70B read from a slow disk; a crash is noticed at once
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy does not know this machine's ports
 
 
 class Server:
@@ -25,19 +28,20 @@ class Server:
     the server's last words where it does not get that far.
     """
 
-    def __init__(self, binary: Path, model: Path, loras: Sequence[Path] = (), context: int = 1024, threads: int | None = None):
+    def __init__(self, binary: Path, model: Path, loras: Sequence[Path] = (), context: int = 1024):
         self.command = [
             str(binary), "-m", str(model), "-c", str(context), "--parallel", "1", "--host", "127.0.0.1", "--offline", "--no-ui",
             "--cache-ram", "0", "--skip-chat-parsing", "--chat-template-kwargs", json.dumps(TEMPLATE_VARIABLES),
-            *(["-t", str(threads)] if threads else []), *(["--lora", ",".join(map(str, loras))] if loras else []),
+            *(["--lora", ",".join(f'"{lora}"' for lora in loras)] if loras else []),  # quoted: a path may hold a comma
         ]
 
     def __enter__(self) -> "Server":
         self.log = tempfile.TemporaryFile(mode="w+", errors="replace")
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
+        plain = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "AIP_"))}  # it takes settings and keys from there
         started = time.perf_counter()
-        self.process = subprocess.Popen([*self.command, "--port", str(port)], stdout=self.log, stderr=self.log)
+        self.process = subprocess.Popen([*self.command, "--port", str(port)], stdout=self.log, stderr=self.log, env=plain)
         try:
             while not self.ready():
                 if self.process.poll() is not None or time.perf_counter() - started > PATIENCE_SECONDS:
@@ -56,8 +60,8 @@ class Server:
 
     def ready(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as reply:
-                return reply.status == 200
+            with DIRECT.open(f"{self.url}/health", timeout=5) as reply:
+                return reply.status == 200 and self.process.poll() is None  # another program may have taken the port
         except OSError:  # not listening yet, or 503: still loading
             return False
 
@@ -65,11 +69,11 @@ class Server:
         """The JSON reply to a JSON request; raises UserError with the server's own message where it refuses."""
         request = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
         try:
-            with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as reply:
+            with DIRECT.open(request, timeout=PATIENCE_SECONDS) as reply:
                 return json.load(reply)
         except urllib.error.HTTPError as error:
             raise UserError(f"llama-server refused {path}: {error.read().decode(errors='replace')[:300]}") from None
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(f"llama-server is gone ({error}; {self.last_words()})") from None
 
     def last_words(self) -> str:
@@ -93,7 +97,9 @@ class Server:
             body |= {"logprobs": True, "top_logprobs": top}
         reply = self.post("/v1/chat/completions", body)
         choice = reply["choices"][0]
-        positions = choice["logprobs"]["content"] if top else []
+        positions = (choice.get("logprobs") or {}).get("content") or []
+        if top and not positions:  # the likeliest token is half of a character
+            raise UserError("llama-server gave no probabilities for the first token; labels have to begin with a whole character")
         return {
             "text": choice["message"]["content"],
             "top": [tuple(zip(*[(t["id"], t["logprob"]) for t in position["top_logprobs"]])) for position in positions],

@@ -12,18 +12,19 @@ from config import ACCURACY_WITHIN, AGREEMENT, LOWEST_AGREEMENT
 from qlora.cli import UserError
 
 TINY = 1e-7  # probabilities below this are rounding of float32 sums
+NOISE = 0.005  # nats; nearer than this, another strength explains nothing (Q8_0 is at 0.002)
 
 
 @dataclass
 class Replies:
     """What one rung of the ladder said."""
 
-    prompts: list[list[int]]  # token ids of each review's prompt
+    prompts: list[list[int]]  # token ids of the reviews' prompts, then of the free ones
     odds: np.ndarray  # (rows,) log P(second answer) - log P(first answer) of the next token
     next: list  # of each row: (ids, logprobs) of the likeliest next tokens, or all logprobs (vocabulary,)
     free_next: list  # the same, of the free prompts
     free_text: list[str]  # greedy continuations of the free prompts
-    load_seconds: float
+    load_seconds: float | None
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
 
@@ -98,7 +99,7 @@ def verdict(figures: dict, reference_accuracy: float, least: float, within: floa
     broken = []
     if not figures["prompt_ids_equal"]:
         broken.append("prompt token ids differ")
-    if figures["disagreements"] > max(1, round((1 - least) * rows)):
+    if figures["disagreements"] > max(1, int((1 - least) * rows + 1e-9)):
         broken.append(f"labels agree on {100 * figures['agreement']:.1f}% of rows, bound {100 * least:g}%")
     if figures["acts_like"] != 1:
         broken.append(f"it answers as with the adapter at {figures['acts_like']:.3g} of its strength")
@@ -127,7 +128,7 @@ def acts_like(reference: Reference, rung: Replies) -> float:
         return 1
     distance = {strength: np.mean([divergence(r, o) for r, o in zip(logprobs, rung.next)]) for strength, logprobs in reference.scaled.items()}
     nearest = min(distance, key=distance.get)
-    return nearest if distance[nearest] < distance[1] / 2 else 1
+    return nearest if distance[1] > NOISE and distance[nearest] < distance[1] / 2 else 1
 
 
 def prompt_cause(theirs: list[int], ours: list[int], decode) -> str:
@@ -163,6 +164,9 @@ def check_pair(base, lora, name: str, adapter_weights: Path) -> None:
     """A LoRA file (its reader, and the `name` to call it by) fits its base and holds the matrices of the adapter that is meant; raises UserError."""
     shapes = {t.name: t.shape.tolist() for t in base.tensors}
     norms = {"lora_A": [], "lora_B": []}
+    kind = lora.fields.get("general.type")
+    if kind is None or kind.contents() != "adapter":
+        raise UserError(f"{name} is no LoRA file; the order is BASE.gguf+LORA.gguf")
     for tensor in lora.tensors:
         target, which = tensor.name.rsplit(".", 1)
         inner = 0 if which == "lora_a" else 1

@@ -21,7 +21,7 @@ def cells(r: dict) -> list[str]:
         f"{percent(right['accuracy'])} ({100 * right['low']:.1f} to {100 * right['high']:.1f})",
         f"{r['log_odds_shift']['mean']:.3f}, {r['log_odds_shift']['max']:.2f}", f"{r['kl']['mean']:.5f}, {r['kl']['max']:.3f}",
         f"{r['free']['kl_mean']:.4f}", percent(r["free"]["same_text"]),
-        f"{r['prefill_tokens_per_second']:.0f}", f"{r['decode_tokens_per_second']:.1f}", f"{r['load_seconds']:.1f}", "broken" if r["broken"] else "",
+        f"{r['prefill_tokens_per_second']:.0f}", f"{r['decode_tokens_per_second']:.1f}", "" if r["load_seconds"] is None else f"{r['load_seconds']:.1f}", "broken" if r["broken"] else "",
     ]
 
 

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 from config import AGREEMENT, LOWEST_AGREEMENT, PACKAGED_MODEL
 from qlora.cli import UsageError, UserError
-from qlora.parity import Reference, bounds, cause, check_pair, compare, kl, prompt_cause, read_gguf, same_text, verdict
+from qlora.parity import Reference, acts_like, bounds, cause, check_pair, compare, kl, prompt_cause, read_gguf, same_text, verdict
 
 sys.path.insert(0, str(ROOT / "llama.cpp"))
 import export  # noqa: E402
@@ -86,6 +86,13 @@ def test_a_prompt_that_differs_says_how(theirs, words):
     assert words in prompt_cause(theirs, [1, 5], str)
 
 
+def test_an_adapter_that_does_next_to_nothing_is_not_called_lost():
+    """Distances of rounding errors: the nearest of them says nothing."""
+    same = np.tile(log([0.5, 0.5]), (2, 1))
+    reference = replies([0, 0], same, [[1], [2]], {s: same + 1e-4 * s for s in (0, 0.25, 1, 4)})
+    assert acts_like(reference, replies([0, 0], same, [[1], [2]])) == 1
+
+
 @pytest.mark.parametrize("rung, words", [(0, "not applied"), (0.25, "acts like 0.25 times"), (1, "too few bits")])
 def test_the_nearest_strength_names_the_cause(rung, words):
     """The adapter moves log-odds by 4; a rung that moves them by 4 x strength is recognized."""
@@ -118,6 +125,7 @@ def write_pair(folder: Path, width: int, a: np.ndarray, b: np.ndarray) -> list:
     base, lora = folder / f"base{width}.gguf", folder / f"lora{b.sum()}.gguf"
     for path, tensors in ((base, {"w": np.zeros((3, width), np.float32)}), (lora, {"w.lora_a": a, "w.lora_b": b})):
         writer = gguf.GGUFWriter(path, "llama")
+        writer.add_type("adapter" if path == lora else "model")
         for name, values in tensors.items():
             writer.add_tensor(name, values.astype(np.float32))
         writer.write_header_to_file()
@@ -138,8 +146,17 @@ def test_another_models_and_another_adapters_lora_are_told_apart(tmp_path):
     check_pair(*write_pair(tmp_path, 4, a, b), "lora.gguf", weights)
     with pytest.raises(UserError, match="made for another model: its w.lora_a wants 4 channels, the base has 5"):
         check_pair(*write_pair(tmp_path, 5, a, b), "lora.gguf", weights)
+    base, _ = write_pair(tmp_path, 4, a, b)
+    with pytest.raises(UserError, match="no LoRA file"):
+        check_pair(base, base, "lora.gguf", weights)
     with pytest.raises(UserError, match="another adapter .* lora_B"):
         check_pair(*write_pair(tmp_path, 4, a, 1.1 * b), "lora.gguf", weights)
+
+
+def test_types_are_known_however_they_are_spelled():
+    assert [export.canonical(t) for t in ("q8_0", "F16", "bf16", "Q4_K_M", "iq4_xs")] == ["Q8_0", "f16", "bf16", "Q4_K_M", "IQ4_XS"]
+    with pytest.raises(UsageError, match="--types Q9_9"):
+        export.canonical("Q9_9")
 
 
 def test_adapters_without_labels_are_refused(tmp_path, trained):
@@ -185,9 +202,10 @@ def test_files_that_are_what_was_trained_pass(ladder):
     assert names == ["NF4 + LoRA", "merged 16 bit", "f16", "Q8_0", "base + LoRA"]
     for rung in report["rungs"]:
         assert rung["prompt_ids_equal"] and rung["broken"] == []
-        assert rung["decode_tokens_per_second"] > 0 and rung["load_seconds"] > 0
+        assert rung["decode_tokens_per_second"] > 0 and (rung["load_seconds"] is None) == (rung["name"] == "merged 16 bit")
     assert report["rungs"][0]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
     assert report["rungs"][2]["bits_per_weight"] > 16 > report["rungs"][3]["bits_per_weight"] > 8
+    assert report["llama_cpp"]["built"].startswith(("cpu", "cuda")) and "public_name" not in report["base"]
     assert (ladder / "parity.md").read_text().count("\n") == 7 and (ladder / "parity.png").stat().st_size > 10_000
 
 
