@@ -151,6 +151,7 @@ def ask_trained(adapter, exam: Exam):
     started = time.perf_counter()
     model, base, hardware = qlora_inference.load(InferSettings(adapter=(str(adapter.folder),)), [adapter])
     load_seconds = time.perf_counter() - started
+    exam.tokenizer = base.tokenizer  # the one that qlora_inference.py prompts with
     trained = ask_transformers(model, exam, hardware, load_seconds, title(adapter))
     trained.scaled = at_other_strengths(model, adapter, trained, hardware)
     merged = merged_model("dequantized", adapter, base, hardware)

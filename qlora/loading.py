@@ -35,6 +35,7 @@ transformers.utils.logging.disable_progress_bar()
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+UNPACKING = 2  # counts changes of unpack_gguf: folders that an earlier one made are not used
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -158,7 +159,7 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, str, str]:
 
 def unpack_gguf(gguf: Path, digest: str) -> Path:
     """Folder with the GGUF's dequantized 16-bit weights, config and tokenizer; made once, beside the other models."""
-    folder = MODELS_DIR / f"{gguf.stem}-{digest[:8]}"
+    folder = MODELS_DIR / f"{gguf.stem}-{digest[:8]}-{UNPACKING}"
     if folder.is_dir():
         return folder
     note(f"unpacking {gguf.name} to 16-bit weights (once)")
@@ -168,6 +169,7 @@ def unpack_gguf(gguf: Path, digest: str) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except (OSError, ValueError, LookupError, struct.error) as error:  # what a damaged header leads its reader to
         raise UserError(f"{gguf}: not a GGUF file that transformers can read ({first_line(error)})") from None
+    restore_word_rule(tokenizer, gguf)
     # The marks of the GGUF quantization would make save_pretrained refuse; the weights are plain by now.
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer, model.is_quantized = None, False
@@ -181,6 +183,23 @@ def unpack_gguf(gguf: Path, digest: str) -> Path:
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return folder
+
+
+def restore_word_rule(tokenizer, gguf: Path) -> None:
+    """Split text before BPE as the file says (tokenizer.ggml.pre).
+
+    transformers 5.23 gives the tokenizers of Llama-architecture GGUF files GPT-2's rule, whatever the file names: "\\n\\n2" became three tokens
+    where SmolLM2 and llama.cpp, which part digits from everything else first, have two. The parity ladder found it.
+    """
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    field = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
+    rule = field.contents() if field else "gpt-2"
+    if rule == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    elif rule not in ("gpt-2", "default"):
+        note(f"note       {gguf.name} splits text by the rule '{rule}', which transformers may not have taken over: python llama.cpp/parity.py compares token ids")
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -69,6 +69,7 @@ def compare(reference: Reference, rung: Replies, truth: Sequence[int], answers: 
     return {
         "acts_like": acts_like(reference, rung),
         "prompt_ids_equal": rung.prompts == reference.prompts,
+        "prompts_that_differ": sum(theirs != ours for theirs, ours in zip(rung.prompts, reference.prompts)),
         "agreement": float((labels == wanted).mean()),
         "disagreements": int((labels != wanted).sum()),
         "accuracy": accuracy_report(labels.tolist(), truth, answers),
@@ -98,7 +99,7 @@ def verdict(figures: dict, reference_accuracy: float, least: float, within: floa
     rows = figures["accuracy"]["rows"]
     broken = []
     if not figures["prompt_ids_equal"]:
-        broken.append("prompt token ids differ")
+        broken.append(f"token ids of {figures['prompts_that_differ']} prompts differ")
     if figures["disagreements"] > max(1, int((1 - least) * rows + 1e-9)):
         broken.append(f"labels agree on {100 * figures['agreement']:.1f}% of rows, bound {100 * least:g}%")
     if figures["acts_like"] != 1:
@@ -140,8 +141,9 @@ def prompt_cause(theirs: list[int], ours: list[int], decode) -> str:
         return f"BOS is added: the file puts {decode(theirs[:1])!r} before the prompt, training did not"
     if theirs == ours[1:]:
         return f"BOS is missing: the prompt should begin with {decode(ours[:1])!r}"
-    return (f"the chat template (or the tokenizer) is another one: at token {at} the file has {decode(theirs[at : at + 8])!r}, "
-            f"training had {decode(ours[at : at + 8])!r}")
+    if decode(theirs) == decode(ours):
+        return f"the tokenizer splits the same text otherwise: from token {at} on the file has {[decode([i]) for i in theirs[at : at + 4]]}, training had {[decode([i]) for i in ours[at : at + 4]]}"
+    return f"the chat template is another one: at token {at} the file has {decode(theirs[at : at + 8])!r}, training had {decode(ours[at : at + 8])!r}"
 
 
 # --- files, before a server is started on them -----------------------------------------------------------------------

@@ -70,7 +70,7 @@ def test_a_rungs_figures():
     (400, 4, 0.005, 0), (400, 5, 0.005, 1), (400, 4, 0.0075, 1), (8, 1, 0.125, 0), (8, 2, 0.25, 2),
 ])
 def test_four_rows_of_four_hundred_may_differ_and_one_of_few(rows, disagreements, change, broken):
-    figures = {"prompt_ids_equal": True, "acts_like": 1, "disagreements": disagreements, "agreement": 1 - disagreements / rows, "accuracy": {"accuracy": 0.9 - change, "rows": rows}}
+    figures = {"prompt_ids_equal": True, "prompts_that_differ": 0, "acts_like": 1, "disagreements": disagreements, "agreement": 1 - disagreements / rows, "accuracy": {"accuracy": 0.9 - change, "rows": rows}}
     assert len(verdict(figures, 0.9, 0.99, 0.005)) == broken
 
 
@@ -84,6 +84,11 @@ def test_only_a_base_that_was_trained_on_is_held_to_the_strict_bound():
 ])
 def test_a_prompt_that_differs_says_how(theirs, words):
     assert words in prompt_cause(theirs, [1, 5], str)
+
+
+def test_the_same_text_in_other_tokens_is_the_tokenizers_fault():
+    pieces = {1: "a", 2: "\n", 3: "\n\n", 4: "2"}
+    assert "tokenizer splits" in prompt_cause([1, 3, 4], [1, 2, 2, 4], lambda ids: "".join(pieces[i] for i in ids))
 
 
 def test_an_adapter_that_does_next_to_nothing_is_not_called_lost():
@@ -207,6 +212,18 @@ def test_files_that_are_what_was_trained_pass(ladder):
     assert report["rungs"][2]["bits_per_weight"] > 16 > report["rungs"][3]["bits_per_weight"] > 8
     assert report["llama_cpp"]["built"].startswith(("cpu", "cuda")) and "public_name" not in report["base"]
     assert (ladder / "parity.md").read_text().count("\n") == 7 and (ladder / "parity.png").stat().st_size > 10_000
+
+
+@built
+def test_the_server_reads_odd_texts_as_training_did(ladder, tokenizer):
+    from qlora import prompts as p
+    from qlora.llama_server import Server
+
+    odd = ["Top:\n\n2) x  33 y\t4\n\n\n 5", "naïve café — “quoted” … ½ ²", "日本語 emoji 🎬🎬 don't I'LL we've", "<|im_end|> and <|im_start|>user inside", "a\u00a0b\u200bc\r\nd", "......!!!???  ", "1999-2001 $9.99 50%"]
+    with Server(export.BIN / "llama-server", ladder / "strong-f16.gguf") as server:
+        for text in odd:
+            messages = [{"role": "user", "content": text}]
+            assert server.prompt_ids(messages) == p.render(tokenizer, messages, True), text
 
 
 @built

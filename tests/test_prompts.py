@@ -109,6 +109,12 @@ def test_prompt_does_not_change_with_the_date(bundled_folder, monkeypatch):
     assert "26 Jul 2024" in other.decode(p.sentiment_prompt(other, PROMPT, "Fine."))
 
 
+def test_digits_after_white_space_are_split_as_the_model_was_trained(tokenizer):
+    """transformers 5.23 builds this GGUF's tokenizer with GPT-2's rule: three tokens; SmolLM2 and llama.cpp make two of it."""
+    assert tokenizer.tokenize("\n\n2") == ["ĊĊ", "2"] and tokenizer.tokenize("a  10") == ["a", "ĠĠ", "1", "0"]
+    assert tokenizer.tokenize(" in 1999") == ["Ġin", "Ġ", "1", "9", "9", "9"]
+
+
 def test_no_chat_template_keeps_turns_in_order(bundled_folder):
     from transformers import AutoTokenizer
 
