@@ -94,7 +94,7 @@ def test_the_same_text_in_other_tokens_is_the_tokenizers_fault():
 def test_an_adapter_that_does_next_to_nothing_is_not_called_lost():
     """Distances of rounding errors: the nearest of them says nothing."""
     same = np.tile(log([0.5, 0.5]), (2, 1))
-    reference = replies([0, 0], same, [[1], [2]], {s: same + 1e-4 * s for s in (0, 0.25, 1, 4)})
+    reference = replies([0, 0], same, [[1], [2]], {s: same + 1e-6 * s for s in (0, 0.25, 1, 4)})
     assert acts_like(reference, replies([0, 0], same, [[1], [2]])) == 1
 
 
