@@ -258,7 +258,7 @@ def test_planted_faults_are_caught_by_name_and_none_ends_the_ladder(ladder, stro
     }
     with pytest.raises(UserError, match="6 of 9 rungs broken"):
         parity.main(["--adapter", str(strong), "--gguf", *map(str, faults), str(good), "--output-dir", str(tmp_path / "out")])
-    rungs = json.loads((tmp_path / "out" / "parity.json").read_text())["rungs"]
+    rungs = json.loads((tmp_path / "out" / "parity-given.json").read_text())["rungs"]
     for rung, words in zip(rungs[2:], faults.values()):
         assert words in "; ".join([*rung["broken"], str(rung["cause"])]), rung["name"]
     assert rungs[-1]["name"] == "strong-f16" and not rungs[-1]["broken"]
