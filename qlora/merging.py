@@ -61,7 +61,7 @@ def merge_into(out: Path, which: str, adapter: Adapter, model, base: Base, hardw
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     size = sum(p.stat().st_size for p in out.iterdir()) / 1e9
-    note(f"merged     {str(merged.dtype).removeprefix('torch.')}, {size:.2f} GB")
+    note(f"weights    {str(merged.dtype).removeprefix('torch.')}, {size:.2f} GB")
 
 
 def probe_prompts(adapter: Adapter, base: Base) -> list[list[int]]:
