@@ -95,17 +95,18 @@ def bounds(kind: str, quantization: str, trained_on_base: bool) -> tuple[float, 
 
 
 def verdict(figures: dict, reference_accuracy: float, least: float, within: float | None) -> list[str]:
-    """What a rung breaks, in words; empty if nothing. On few rows one is always allowed to differ."""
+    """What a rung breaks, in words; empty if nothing. Fewer than 100 rows tell little: two more of them may differ."""
     rows = figures["accuracy"]["rows"]
+    spare = 2 if rows < 100 else 0
     broken = []
     if not figures["prompt_ids_equal"]:
         broken.append(f"token ids of {figures['prompts_that_differ']} prompts differ")
-    if figures["disagreements"] > max(1, int((1 - least) * rows + 1e-9)):
+    if figures["disagreements"] > int((1 - least) * rows + 1e-9) + spare:
         broken.append(f"labels agree on {100 * figures['agreement']:.1f}% of rows, bound {100 * least:g}%")
     if figures["acts_like"] != 1:
         broken.append(f"it answers as with the adapter at {figures['acts_like']:.3g} of its strength")
     change = abs(figures["accuracy"]["accuracy"] - reference_accuracy)
-    if within is not None and change * rows > max(1, within * rows) + 1e-9:
+    if within is not None and change * rows > within * rows + spare + 1e-9:
         broken.append(f"accuracy changed by {100 * change:.1f} points, bound {100 * within:g}")
     return broken
 
