@@ -46,9 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     given_rungs = [given(spec) for spec in settings.gguf]
     adapter, exam = read(settings)
     rungs = given_rungs or exported(settings, adapter)
+    from qlora.parity import bounds
+
     trained, merged = ask_trained(adapter, exam)
     results = [result(title(adapter), trained, trained, exam),
-               result("merged 16 bit", merged, trained, exam, *bounds_of("merged", "bf16", False))]
+               result("merged 16 bit", merged, trained, exam, *bounds("merged", "bf16", False))]
     for rung in rungs:
         results.append(measure(rung, adapter, trained, exam))
         save(settings, adapter, exam, results)
@@ -238,7 +240,7 @@ def at_other_strengths(model, adapter, trained, hardware, rows: int = 8) -> dict
 
 def measure(rung: Rung, adapter, trained, exam: Exam) -> dict:
     """One rung's row; a file that does not even load is a broken rung, not the end of the ladder."""
-    from qlora.parity import check_pair, read_gguf
+    from qlora.parity import bounds, check_pair, read_gguf
 
     try:
         model, *lora = (read_gguf(file) for file in rung.files)
@@ -251,7 +253,7 @@ def measure(rung: Rung, adapter, trained, exam: Exam) -> dict:
         # Of a pair, the LoRA's bytes count and its weights do not: they replace nothing.
         facts = {"kind": rung.kind, "files": [f.name for f in rung.files], "bytes": size, "bits_per_weight": 8 * size / sum(int(t.n_elements) for t in model.tensors)}
         replies = ask_server(rung, exam)
-        return result(rung.name, replies, trained, exam, *bounds_of(rung.kind, rung.type, trained_on(adapter, rung)), **facts)
+        return result(rung.name, replies, trained, exam, *bounds(rung.kind, rung.type, trained_on(adapter, rung)), **facts)
     except UserError as error:
         note(f"{rung.name:14} broken: {error}")
         return {"name": rung.name, "kind": rung.kind, "files": [f.name for f in rung.files], "broken": [str(error)], "cause": None}
@@ -307,12 +309,6 @@ def trained_on(adapter, rung: Rung) -> bool:
 
 
 # --- results -------------------------------------------------------------------------------------------------------------
-
-
-def bounds_of(kind: str, quantization: str, trained_on_base: bool):
-    from qlora.parity import bounds
-
-    return bounds(kind, quantization, trained_on_base)
 
 
 def result(name: str, replies, trained, exam: Exam, least: float = 0.0, within: float | None = None, **facts) -> dict:
