@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, Sequence
 
@@ -26,6 +27,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from config import BUNDLED, PACKAGED_MODEL, ExportSettings, InferSettings  # noqa: E402
 from qlora.cli import UsageError, UserError, note, parse, require, run  # noqa: E402
+from qlora.gguf_files import canonical, check_metadata, file_bytes  # noqa: E402
 
 BIN, SOURCE, RECORD = HERE / "build" / "bin", HERE / "source", "export.json"
 IMATRIX_ROWS = 100  # training prompts that the importance matrix is made from
@@ -49,15 +51,16 @@ def make(s: ExportSettings, replace_modelfile: bool = True) -> list[Path]:
     s.types = tuple(map(canonical, s.types))
     adapter = read(s)
     check_disk(s, adapter)
-    s.output_dir.mkdir(parents=True, exist_ok=True)
+    from qlora.runs import lock_folder
+
     made = []
-    with tempfile.TemporaryDirectory(dir=s.output_dir, prefix=".export-") as aside:
-        for file, what in export_lora(adapter, Path(aside)) if s.lora else export_merged(s, adapter, Path(aside)):
+    with lock_folder(s.output_dir), workplace(s.output_dir) as aside:
+        for file, what in export_lora(s, adapter, aside) if s.lora else export_merged(s, adapter, aside):
             made.append(s.output_dir / file.name)
             if file.parent != s.output_dir:
                 os.replace(file, made[-1])
                 note(f"written    {made[-1]} ({file_bytes(made[-1])})")
-            record(s.output_dir, adapter, {file.name: what})
+            record(s.output_dir, adapter, file.name, what)
     if not s.lora:
         made = made[1:] + made[:1]  # f16 is what the others were made from; a quantization is what one starts with
     modelfile = s.output_dir / ("Modelfile-lora" if s.lora else "Modelfile")
@@ -67,14 +70,13 @@ def make(s: ExportSettings, replace_modelfile: bool = True) -> list[Path]:
     return made
 
 
-def canonical(kind: str) -> str:
-    """'q8_0' -> 'Q8_0', 'F16' -> 'f16'; raises UsageError for what llama-quantize does not know."""
-    from gguf import LlamaFileType
-
-    known = [t.name.removeprefix("MOSTLY_").removeprefix("ALL_") for t in LlamaFileType if t.name != "GUESSED"]
-    if kind.upper() not in known:
-        raise UsageError(f"--types {kind}: no type of llama-quantize; the usual ones: f16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0")
-    return kind.lower() if kind.upper() in ("F16", "BF16", "F32") else kind.upper()
+@contextmanager
+def workplace(folder: Path) -> Iterator[Path]:
+    """A folder beside the target for what is not whole yet; those that killed exports left are removed."""
+    for left in folder.glob(".export-*"):
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as aside:
+        yield Path(aside)
 
 
 def read(settings: ExportSettings):
@@ -125,7 +127,7 @@ def export_merged(settings: ExportSettings, adapter, aside: Path) -> Iterator[tu
     f16 = settings.output_dir / f"{adapter.name}-f16.gguf"
     if f16.name not in recorded(settings.output_dir, adapter):
         f16 = aside / f16.name
-        merge_into(aside / "merged", "dequantized", adapter, *qlora_inference.load(InferSettings(adapter=(str(adapter.folder),)), [adapter]))
+        merge_into(aside / "merged", "dequantized", adapter, *qlora_inference.load(InferSettings(adapter=(str(adapter.folder),)), [adapter]), compare=False)
         convert(aside / "merged", f16)
         check_metadata(f16, adapter.folder)
         shutil.rmtree(aside / "merged")
@@ -141,7 +143,7 @@ def export_merged(settings: ExportSettings, adapter, aside: Path) -> Iterator[tu
         yield file, {"kind": "merged", "type": kind, "imatrix": settings.imatrix}
 
 
-def export_lora(adapter, aside: Path) -> Iterator[tuple[Path, dict]]:
+def export_lora(settings: ExportSettings, adapter, aside: Path) -> Iterator[tuple[Path, dict]]:
     """(file, what it is): the base, which is the GGUF file that was trained on or f16 of the folder, then the adapter."""
     from qlora.loading import fingerprint, locate
 
@@ -150,12 +152,10 @@ def export_lora(adapter, aside: Path) -> Iterator[tuple[Path, dict]]:
     folder = locate(adapter.base_model, pinned or None)[0]
     if adapter.base and fingerprint(folder) != adapter.base.config_sha256:
         raise UserError(f"--adapter {adapter.folder} was trained on another {adapter.base.name}: its config has changed since")
-    if original is None:
-        base, kind = aside / f"{adapter.name}-base-f16.gguf", "f16"
-        convert(folder, base)
-    else:
-        base, kind = aside / original.name, "as it was"
-        shutil.copy(original, base)
+    base = settings.output_dir / (original.name if original else f"{Path(adapter.base_model).name}-base-f16.gguf")
+    if base.name not in recorded(settings.output_dir, adapter):  # one base serves all of its adapters
+        base = aside / base.name
+        shutil.copy(original, base) if original else convert(folder, base)
     check_metadata(base, adapter.folder)
     scaled = aside / "adapter"
     shutil.copytree(adapter.folder, scaled, ignore=lambda _, names: [n for n in names if not n.startswith("adapter_")])
@@ -165,7 +165,7 @@ def export_lora(adapter, aside: Path) -> Iterator[tuple[Path, dict]]:
         (scaled / "adapter_config.json").write_text(json.dumps(config))
     lora = aside / f"{adapter.name}-lora-f16.gguf"
     python("convert_lora_to_gguf.py", str(scaled), "--base", str(folder), "--outtype", "f16", "--outfile", str(lora))
-    yield base, {"kind": "base", "type": kind}
+    yield base, {"kind": "base", "type": "as it was" if original else "f16"}
     yield lora, {"kind": "lora", "type": "f16"}
 
 
@@ -185,32 +185,36 @@ def base_gguf(adapter) -> Path | None:
     return path
 
 
-def record(folder: Path, adapter, made: dict[str, dict]) -> None:
-    """export.json: which adapter the files here are of, and what each file is."""
+def record(folder: Path, adapter, name: str, what: dict) -> None:
+    """export.json: what each file here is, and which adapter (a base: which model) it was made of."""
     from qlora.runs import write_json
 
-    known = recorded(folder, adapter)
-    if not known:  # what is served from here is this adapter from now on
-        for name in ("Modelfile", "Modelfile-lora"):
-            (folder / name).unlink(missing_ok=True)
-    write_json(folder / RECORD, {"adapter_sha256": adapter_hash(adapter), "files": known | made})
+    if all(known["kind"] == "base" for known in recorded(folder, adapter).values()):  # what is served from here is this adapter from now on
+        for modelfile in ("Modelfile", "Modelfile-lora"):
+            (folder / modelfile).unlink(missing_ok=True)
+    write_json(folder / RECORD, {"files": known_files(folder) | {name: what | {"of": origin(adapter, what["kind"])}}})
 
 
 def recorded(folder: Path, adapter) -> dict[str, dict]:
-    """{file name: what it is} of the files in `folder` that are there and were made from this very adapter."""
+    """{file name: what it is} of the files in `folder` that are there and were made from this very adapter, or are its base."""
+    return {name: what for name, what in known_files(folder).items() if what["of"] == origin(adapter, what["kind"])}
+
+
+def known_files(folder: Path) -> dict[str, dict]:
     try:
-        data = json.loads((folder / RECORD).read_text())
-        if data["adapter_sha256"] != adapter_hash(adapter):
-            return {}
-        return {name: what for name, what in data["files"].items() if (folder / name).is_file()}
+        files = json.loads((folder / RECORD).read_text())["files"]
+        return {name: what for name, what in files.items() if (folder / name).is_file() and {"kind", "type", "of"} <= what.keys()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def adapter_hash(adapter) -> str:
+def origin(adapter, kind: str) -> str:
+    """What identifies a file's source: the adapter's hashes, or the base's revision. A plain folder has no revision: it is converted for each adapter."""
     from qlora.adapters import CONFIG, WEIGHTS
     from qlora.fetch import sha256_of
 
+    if kind == "base" and adapter.base and adapter.base.revision:
+        return adapter.base.revision
     return "-".join(sha256_of(adapter.folder / name) for name in (WEIGHTS, CONFIG))
 
 
@@ -230,35 +234,13 @@ def importance(adapter, f16: Path, aside: Path) -> Path:
         raise UsageError("--imatrix needs an adapter of the objective sentiment, whose training prompts can be made again")
     tokenizer = AutoTokenizer.from_pretrained(adapter.folder)
     rows, _ = split(load_rows(adapter.dataset["name"]), min(IMATRIX_ROWS, adapter.dataset.get("samples", IMATRIX_ROWS)), adapter.dataset["eval_samples"], adapter.dataset["seed"])
-    text = aside / "prompts.txt"
-    text.write_text("\n".join(tokenizer.decode(sentiment_example(tokenizer, adapter.prompt, row.text, row.label)[0]) for row in rows))
-    out = aside / "imatrix.gguf"
+    prompts = [sentiment_example(tokenizer, adapter.prompt, row.text, row.label)[0] for row in rows]
+    text, out = aside / "prompts.txt", aside / "imatrix.gguf"
+    text.write_text("\n".join(map(tokenizer.decode, prompts)))
+    context = min(512, sum(map(len, prompts)) // 2)  # llama-imatrix wants at least two chunks
     note(f"importance matrix from {len(rows)} training prompts")
-    tool("llama-imatrix", "-m", str(f16), "-f", str(text), "-o", str(out), "--parse-special", "-c", "512")
+    tool("llama-imatrix", "-m", str(f16), "-f", str(text), "-o", str(out), "--parse-special", "-c", str(context))
     return out
-
-
-def check_metadata(gguf_file: Path, tokenizer_folder: Path) -> None:
-    """The file's chat template, stop token and BOS behaviour are those of the tokenizer that trained; raises UserError."""
-    from gguf import GGUFReader
-    from transformers import AutoTokenizer
-
-    from qlora.ollama import adds_bos
-
-    fields = GGUFReader(gguf_file).fields
-    value = lambda key: fields[key].contents() if key in fields else None  # noqa: E731
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    wanted = {
-        "tokenizer.chat_template": tokenizer.chat_template,
-        "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
-        "tokenizer.ggml.add_bos_token": adds_bos(tokenizer),
-    }
-    for key, should in wanted.items():
-        found = value(key)
-        if found is None and isinstance(should, bool):
-            continue  # then the tokenizer's kind decides; parity.py compares token ids
-        if (bool(found) if isinstance(should, bool) else found) != should:
-            raise UserError(f"{gguf_file.name}: {key} is {str(found)[:80]!r}, the adapter's tokenizer has {str(should)[:80]!r}: answers would differ")
 
 
 def write_modelfile(path: Path, adapter, files: list[Path]) -> None:
@@ -281,15 +263,6 @@ def write_modelfile(path: Path, adapter, files: list[Path]) -> None:
     if adapter.prompt is not None and adapter.prompt.system:
         lines.append(f'SYSTEM """{adapter.prompt.system}"""')
     path.write_text("\n".join(lines) + "\n")
-
-
-def file_bytes(path: Path) -> str:
-    """'144.8 MB, 8.61 bits per weight': all of the file's bytes over its weights"""
-    from gguf import GGUFReader
-
-    weights = sum(int(t.n_elements) for t in GGUFReader(path).tensors)
-    size = path.stat().st_size
-    return f"{size / 1e6:.1f} MB, {8 * size / weights:.2f} bits per weight"
 
 
 def tool(name: str, *arguments: str) -> None:

@@ -24,9 +24,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import export  # noqa: E402
 from config import FREE_PROMPTS, FREE_TOKENS, LLAMA_CPP_TAG, ExportSettings, InferSettings, ParitySettings  # noqa: E402
 from qlora.cli import UsageError, UserError, note, parse, require, run  # noqa: E402
+from qlora.gguf_files import canonical  # noqa: E402
 
 PROVED = HERE / "build" / "proved"
-TIMED = 32  # reviews on which transformers' prefill is timed
 TOP = 1000  # likeliest next tokens asked of the server; the rest of the vocabulary counts as one
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(ParitySettings, argv, __doc__)
     require(settings.eval_samples > 0, f"--eval-samples {settings.eval_samples}: at least 1 row is needed")
     require(not settings.output_dir.exists() or settings.output_dir.is_dir(), f"--output-dir {settings.output_dir}: is a file; name a folder")
-    settings.types = tuple(map(export.canonical, settings.types))
+    settings.types = tuple(map(canonical, settings.types))
     given_rungs = [given(spec) for spec in settings.gguf]
     adapter, exam = read(settings)
     rungs = given_rungs or exported(settings, adapter)
@@ -59,19 +59,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(settings, results)
 
 
-@dataclass
-class Exam:
-    """What every rung is asked."""
-
-    tokenizer: object
-    messages: list[list[dict]]  # of each review
-    free: list[list[dict]]
-    truth: list[int]
-    answers: tuple[str, ...]
-    answer_ids: tuple[int, int]  # first token of each answer
-    context: int
-
-
 def read(settings: ParitySettings):
     """(the checked adapter, the exam of its held-out rows); all that can be refused without a model is refused here."""
     from transformers import AutoTokenizer
@@ -79,6 +66,7 @@ def read(settings: ParitySettings):
     from qlora import prompts as p
     from qlora.adapters import read_adapter
     from qlora.data import load_rows, split
+    from qlora.parity import Exam
 
     adapter, what = read_adapter(settings.adapter), f"--adapter {settings.adapter}"
     if adapter.prompt is None or adapter.prompt.objective != "sentiment":
@@ -101,7 +89,7 @@ def read(settings: ParitySettings):
     note(f"data       {found.origin}: {len(rows)} held-out rows, {len(FREE_PROMPTS)} free prompts")
     free = [p.arranged(tokenizer, [{"role": "user", "content": text}]) for text in FREE_PROMPTS]
     messages = [p.arranged(tokenizer, p.fitted_messages(tokenizer, prompt, row.text)) for row in rows]
-    return adapter, Exam(tokenizer, messages, free, [row.label for row in rows], prompt.answers, answer_ids, max(prompt.max_length, 128) + FREE_TOKENS)
+    return adapter, Exam(tokenizer, messages, free, [row.label for row in rows], prompt.answers, answer_ids, FREE_TOKENS, max(prompt.max_length, 128) + FREE_TOKENS)
 
 
 def given(spec: str) -> Rung:
@@ -141,14 +129,12 @@ def title(adapter) -> str:
     return f"{'NF4' if adapter.base.precision == 'nf4' else adapter.base.precision} + LoRA"
 
 
-# --- the model that was trained, in transformers ------------------------------------------------------------------------
-
-
-def ask_trained(adapter, exam: Exam):
+def ask_trained(adapter, exam):
     """(replies of the model as trained, replies of it merged to 16 bits)."""
     import qlora_inference
     from qlora.fast import speed_up_base
     from qlora.merging import merged_model
+    from qlora.parity_reference import ask_transformers, at_other_strengths
 
     started = time.perf_counter()
     model, base, hardware = qlora_inference.load(InferSettings(adapter=(str(adapter.folder),)), [adapter])
@@ -164,83 +150,13 @@ def ask_trained(adapter, exam: Exam):
     return trained, replies
 
 
-def ask_transformers(model, exam: Exam, hardware, load_seconds: float | None, title: str):
-    from qlora import prompts as p
-    from qlora.before_after import progress
-    from qlora.evaluation import score_labels
-    from qlora.logits import causal_lm
-    from qlora.parity import Reference
-
-    every_token = [[i] for i in range(causal_lm(model).get_output_embeddings().weight.shape[0])]
-    prompts = [p.render(exam.tokenizer, messages, True) for messages in exam.messages]
-    free = [p.render(exam.tokenizer, messages, True) for messages in exam.free]
-    with progress(len(prompts), title) as step:
-        logprobs = score_labels(model, prompts, every_token, hardware.autocast, step)
-    started = time.perf_counter()
-    for ids in prompts[:TIMED]:  # one at a time, as the server gets them
-        score_labels(model, [ids], every_token, hardware.autocast)
-    prefill = sum(map(len, prompts[:TIMED])) / (time.perf_counter() - started)
-    texts, decode = continue_freely(model, exam.tokenizer, free)
-    no, yes = exam.answer_ids
-    return Reference(prompts + free, logprobs[:, yes] - logprobs[:, no], list(logprobs), list(score_labels(model, free, every_token, hardware.autocast)), texts,
-                     load_seconds, prefill, decode)
-
-
-def continue_freely(model, tokenizer, prompts: list[list[int]]) -> tuple[list[str], float]:
-    """(greedy texts of FREE_TOKENS tokens, tokens per second after the first one)."""
-    import torch
-    from transformers import GenerationConfig
-
-    def generate(ids, tokens):
-        config = GenerationConfig(do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-        with torch.inference_mode():
-            inputs = torch.tensor([ids], device=next(model.parameters()).device)
-            started = time.perf_counter()
-            out = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=config)[0, len(ids):].tolist()
-            return out, time.perf_counter() - started
-
-    generate(prompts[0], 2)  # the first call prepares kernels
-    texts, seconds = [], 0.0
-    for ids in prompts:
-        _, first = generate(ids, 1)
-        tokens, all_of_it = generate(ids, FREE_TOKENS)
-        texts.append(tokenizer.decode(tokens, skip_special_tokens=True))
-        seconds += all_of_it - first
-    return texts, len(prompts) * (FREE_TOKENS - 1) / seconds
-
-
-def at_other_strengths(model, adapter, trained, hardware, rows: int = 8) -> dict:
-    """{strength: logprobs of the first rows}: what a lost or wrongly scaled adapter would say."""
-    import json
-    import math
-
-    from peft.tuners.lora import LoraLayer
-
-    from qlora.evaluation import score_labels
-
-    r = json.loads((adapter.folder / "adapter_config.json").read_text())["r"]
-    every_token = [[i] for i in range(len(trained.next[0]))]
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    kept = [dict(layer.scaling) for layer in layers]
-    rows = min(rows, len(trained.odds))
-    scaled = {1: trained.next[:rows]}
-    with model.disable_adapter():
-        scaled[0] = score_labels(model, trained.prompts[:rows], every_token, hardware.autocast)
-    for strength in (1 / math.sqrt(r), math.sqrt(r)):
-        for layer, scaling in zip(layers, kept):
-            layer.scaling.update({name: value * strength for name, value in scaling.items()})
-        scaled[strength] = score_labels(model, trained.prompts[:rows], every_token, hardware.autocast)
-    for layer, scaling in zip(layers, kept):
-        layer.scaling.update(scaling)
-    return scaled
-
-
 # --- a GGUF file, through llama-server -----------------------------------------------------------------------------------
 
 
-def measure(rung: Rung, adapter, trained, exam: Exam) -> dict:
+def measure(rung: Rung, adapter, trained, exam) -> dict:
     """One rung's row; a file that does not even load is a broken rung, not the end of the ladder."""
-    from qlora.parity import bounds, check_pair, read_gguf
+    from qlora.gguf_files import check_pair, file_type, read_gguf
+    from qlora.parity import bounds
 
     try:
         model, *lora = (read_gguf(file) for file in rung.files)
@@ -259,7 +175,7 @@ def measure(rung: Rung, adapter, trained, exam: Exam) -> dict:
         return {"name": rung.name, "kind": rung.kind, "files": [f.name for f in rung.files], "broken": [str(error)], "cause": None}
 
 
-def ask_server(rung: Rung, exam: Exam):
+def ask_server(rung: Rung, exam):
     import numpy as np
 
     from qlora.before_after import progress
@@ -283,21 +199,10 @@ def ask_server(rung: Rung, exam: Exam):
                 step(1)
         prompts += [server.prompt_ids(messages) for messages in exam.free]
         free_next = [server.chat(messages, 1, TOP)["top"][0] for messages in exam.free]
-        free = [server.chat(messages, FREE_TOKENS, to_the_end=True) for messages in exam.free]
+        free = [server.chat(messages, exam.free_tokens, to_the_end=True) for messages in exam.free]
         read, written = (sum(t["prompt_n"] for t in timings), sum(r["timings"]["predicted_n"] - 1 for r in free))
         return Replies(prompts, np.array(odds), nexts, free_next, [r["text"] for r in free], server.load_seconds,
                        1000 * read / sum(t["prompt_ms"] for t in timings), 1000 * written / sum(r["timings"]["predicted_ms"] for r in free))
-
-
-def file_type(reader) -> str:
-    """'Q8_0' for MOSTLY_Q8_0"""
-    from gguf import LlamaFileType
-
-    field = reader.fields.get("general.file_type")
-    try:
-        return export.canonical(LlamaFileType(field.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_"))
-    except (AttributeError, ValueError, UsageError):
-        return "unknown"
 
 
 def trained_on(adapter, rung: Rung) -> bool:
@@ -311,7 +216,7 @@ def trained_on(adapter, rung: Rung) -> bool:
 # --- results -------------------------------------------------------------------------------------------------------------
 
 
-def result(name: str, replies, trained, exam: Exam, least: float = 0.0, within: float | None = None, **facts) -> dict:
+def result(name: str, replies, trained, exam, least: float = 0.0, within: float | None = None, **facts) -> dict:
     from qlora.parity import cause, compare, verdict
 
     figures = compare(trained, replies, exam.truth, exam.answers)
@@ -334,7 +239,7 @@ def hold_lora_to_q8(results: list[dict]) -> None:
             r["cause"] = r["cause"] or "the pair is not what was trained"
 
 
-def save(settings: ParitySettings, adapter, exam: Exam, results: list[dict]) -> None:
+def save(settings: ParitySettings, adapter, exam, results: list[dict]) -> None:
     from qlora.hardware import detect, environment
     from qlora.runs import write_json
 
@@ -342,7 +247,7 @@ def save(settings: ParitySettings, adapter, exam: Exam, results: list[dict]) -> 
     write_json(settings.output_dir / f"{stem(settings)}.json", {
         "environment": environment(detect(adapter.base.precision)), "llama_cpp": {"tag": LLAMA_CPP_TAG, "built": PROVED.read_text().splitlines()[1]}, "adapter": adapter.name,
         "base": {k: v for k, v in asdict(adapter.base).items() if k != "public_name"},  # a path of this machine, where the base is a file
-        "rows": len(exam.truth), "free_prompts": len(exam.free), "free_tokens": FREE_TOKENS, "top": TOP, "rungs": results,
+        "rows": len(exam.truth), "free_prompts": len(exam.free), "free_tokens": exam.free_tokens, "top": TOP, "rungs": results,
     })
 
 

@@ -29,12 +29,12 @@ def claim_target(out: Path) -> None:
         raise UsageError(f"--merge {out}: can't be written ({error.strerror})") from None
 
 
-def merge_into(out: Path, which: str, adapter: Adapter, model, base: Base, hardware: Hardware) -> None:
+def merge_into(out: Path, which: str, adapter: Adapter, model, base: Base, hardware: Hardware, compare: bool = True) -> None:
     """Write `adapter` merged into its base as a plain model folder; `which` is "dequantized" or "original".
 
     An adapter was trained against the 4-bit values. Merged into them (dequantized to 16 bits) it stays what it
     was; merged into the original 16-bit weights it meets other weights than it was trained on. Both drifts are
-    measured on the same prompts and printed.
+    measured on the same prompts and printed; without `compare` only that of the one that is written.
     """
     parameters = model.get_nb_trainable_parameters()[1]
     free, wanted = shutil.disk_usage(out.parent).free, int(2.2 * parameters)
@@ -42,9 +42,9 @@ def merge_into(out: Path, which: str, adapter: Adapter, model, base: Base, hardw
         raise UserError(f"--merge {out}: needs {wanted / 1e9:.1f} GB on the disk, {free / 1e9:.1f} GB are free")
     prompts = probe_prompts(adapter, base)
     reference = logits_of(model, prompts, hardware)
-    other = "original" if which == "dequantized" else "dequantized"
+    other = ["original" if which == "dequantized" else "dequantized"] if compare else []
     merged = None
-    for kind in (other, which):
+    for kind in (*other, which):
         del merged  # one 16-bit model at a time
         merged = merged_model(kind, adapter, base, hardware)
         drift = (logits_of(merged, prompts, hardware) - reference).norm() / reference.norm()

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Sequence
 
 import numpy as np
 
 from config import ACCURACY_WITHIN, AGREEMENT, LOWEST_AGREEMENT
-from qlora.cli import UserError
 
 TINY = 1e-7  # probabilities below this are rounding of float32 sums
 NOISE = 1e-5  # nats; nearer than this, another strength explains nothing: an adapter of one step moves no more
+
+
+@dataclass
+class Exam:
+    """What every rung is asked."""
+
+    tokenizer: object
+    messages: list[list[dict]]  # of each review
+    free: list[list[dict]]
+    truth: list[int]
+    answers: tuple[str, ...]
+    answer_ids: tuple[int, int]  # first token of each answer
+    free_tokens: int  # how far the free prompts are continued
+    context: int  # tokens that hold the longest prompt and its continuation
 
 
 @dataclass
@@ -145,46 +157,3 @@ def prompt_cause(theirs: list[int], ours: list[int], decode) -> str:
     if decode(theirs) == decode(ours):
         return f"the tokenizer splits the same text otherwise: from token {at} on the file has {[decode([i]) for i in theirs[at : at + 4]]}, training had {[decode([i]) for i in ours[at : at + 4]]}"
     return f"the chat template is another one: at token {at} the file has {decode(theirs[at : at + 8])!r}, training had {decode(ours[at : at + 8])!r}"
-
-
-# --- files, before a server is started on them -----------------------------------------------------------------------
-
-
-def read_gguf(path: Path):
-    """A GGUFReader of a file that is whole; raises UserError if it is cut short or no GGUF."""
-    import struct
-
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, struct.error, OSError) as error:
-        raise UserError(f"{path}: cut short or not a GGUF file ({str(error)[:100]}); export it again") from None
-    return reader
-
-
-def check_pair(base, lora, name: str, adapter_weights: Path) -> None:
-    """A LoRA file (its reader, and the `name` to call it by) fits its base and holds the matrices of the adapter that is meant; raises UserError."""
-    shapes = {t.name: t.shape.tolist() for t in base.tensors}
-    norms = {"lora_A": [], "lora_B": []}
-    kind = lora.fields.get("general.type")
-    if kind is None or kind.contents() != "adapter":
-        raise UserError(f"{name} is no LoRA file; the order is BASE.gguf+LORA.gguf")
-    for tensor in lora.tensors:
-        target, which = tensor.name.rsplit(".", 1)
-        inner = 0 if which == "lora_a" else 1
-        have, want = shapes.get(target), tensor.shape.tolist()[0 if which == "lora_a" else 1]
-        if have is None or have[inner] != want:
-            raise UserError(f"{name} was made for another model: its {tensor.name} wants {want} channels, the base has {have[inner] if have else 'no such matrix'}")
-        norms["lora_A" if which == "lora_a" else "lora_B"].append(float(np.linalg.norm(tensor.data.astype(np.float32))))
-    # Norms survive the converter's reordering of rows, so they tell adapters apart without knowing its names.
-    for which, wanted in adapter_norms(adapter_weights).items():
-        if len(wanted) != len(norms[which]) or not np.allclose(sorted(wanted), sorted(norms[which]), rtol=1e-3, atol=1e-6):
-            raise UserError(f"{name} holds another adapter than {adapter_weights.parent}: its {which} matrices differ")
-
-
-def adapter_norms(path: Path) -> dict[str, list[float]]:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return {which: [file.get_tensor(name).float().norm().item() for name in file.keys() if which in name] for which in ("lora_A", "lora_B")}

@@ -42,14 +42,7 @@ def write_json(path: Path, data) -> None:
 def claim(settings) -> FileLock:
     """Lock the output folder and decide what may be there; raises UsageError or UserError. Nothing is changed yet: see begin()."""
     out: Path = settings.output_dir
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"--output-dir {out}: another run is working in this folder; wait for it or take another folder") from None
-    except (PermissionError, FileExistsError, NotADirectoryError, OSError) as error:
-        raise UsageError(f"--output-dir {out}: can't be written ({error.strerror or error})") from None
+    lock = lock_folder(out)
     ours = is_run(out)
     others = [p.name for p in out.iterdir() if p.name != ".lock"]
     try:
@@ -66,6 +59,19 @@ def claim(settings) -> FileLock:
     except BaseException:
         lock.release()
         raise
+    return lock
+
+
+def lock_folder(out: Path) -> FileLock:
+    """Make the folder and lock it; raises UserError where another run has it, UsageError where it can't be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"--output-dir {out}: another run is working in this folder; wait for it or take another folder") from None
+    except (PermissionError, FileExistsError, NotADirectoryError, OSError) as error:
+        raise UsageError(f"--output-dir {out}: can't be written ({error.strerror or error})") from None
     return lock
 
 

@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -15,6 +16,7 @@ from qlora.cli import UsageError, UserError
 
 sys.path.insert(0, str(ROOT / "llama.cpp"))
 import export  # noqa: E402
+from qlora.gguf_files import check_metadata  # noqa: E402
 
 built = pytest.mark.skipif(not (export.BIN / "llama-quantize").exists(), reason="llama.cpp/build.sh has not run")
 
@@ -70,7 +72,7 @@ def test_a_merged_adapter_becomes_quantized_files_with_its_template(tmp_path, tr
 
     out = tmp_path / "out"
     export.main(["--adapter", str(trained), "--types", "Q8_0", "--output-dir", str(out)])
-    assert sorted(p.name for p in out.iterdir()) == ["Modelfile", "export.json", f"{trained.name}-Q8_0.gguf", f"{trained.name}-f16.gguf"]
+    assert sorted(p.name for p in out.iterdir() if p.name != ".lock") == ["Modelfile", "export.json", f"{trained.name}-Q8_0.gguf", f"{trained.name}-f16.gguf"]
     fields = GGUFReader(out / f"{trained.name}-Q8_0.gguf").fields
     assert fields["tokenizer.chat_template"].contents() == tokenizer.chat_template
     assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
@@ -100,4 +102,59 @@ def test_a_file_whose_template_differs_is_refused(tmp_path, trained):
     template = other / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
     with pytest.raises(UserError, match="chat_template"):
-        export.check_metadata(next(out.glob("*base-f16.gguf")), other)
+        check_metadata(next(out.glob("*base-f16.gguf")), other)
+
+
+@built
+def test_adapters_of_one_base_share_it_in_one_folder(tmp_path, trained):
+    """Each adapter's own files stay known; the Modelfile names the one exported last."""
+    out, written = tmp_path / "out", set()
+    folders = [changed(trained, tmp_path / name, lora_alpha=alpha) for name, alpha in (("a", 32), ("b", 64))]
+    for folder in folders:
+        notes = json.loads((folder / "qlora.json").read_text())
+        (folder / "qlora.json").write_text(json.dumps(notes | {"base": notes["base"] | {"revision": "r1"}}))
+        export.main(["--adapter", str(folder), "--lora", "--output-dir", str(out)])
+        base = next(out.glob("*-base-f16.gguf"))
+        written.add(base.stat().st_mtime_ns)
+    assert len(written) == 1
+    for folder in folders:
+        known = export.recorded(out, export.read(export.ExportSettings(folder)))
+        assert sorted(known) == sorted([base.name, f"{folder.name}-lora-f16.gguf"])
+    assert "ADAPTER ./b-lora-f16.gguf" in (out / "Modelfile-lora").read_text()
+
+
+@built
+def test_an_importance_matrix_comes_from_the_training_prompts(tmp_path, trained, tokenizer, monkeypatch):
+    from gguf import GGUFReader
+
+    from qlora.data import load_rows, split
+
+    texts, tool = [], export.tool
+
+    def watched(name, *arguments):
+        if name == "llama-imatrix":
+            texts.append(Path(arguments[arguments.index("-f") + 1]).read_text())
+        tool(name, *arguments)
+
+    monkeypatch.setattr(export, "tool", watched)
+    out = tmp_path / "out"
+    export.main(["--adapter", str(trained), "--types", "Q4_0", "--imatrix", "--output-dir", str(out)])
+    fields = GGUFReader(out / f"{trained.name}-Q4_0-imatrix.gguf").fields
+    assert fields["quantize.imatrix.chunks_count"].contents() > 0
+    training, held_out = split(load_rows("imdb"), 16, 8, 42)
+    assert len(texts) == 1 and texts[0].count("<|im_start|>assistant") == 16
+    ends = lambda rows: [row.text.split()[-1] in texts[0] for row in rows]  # noqa: E731
+    assert all(ends(training)) and not all(ends(held_out))
+
+
+@built
+def test_what_a_killed_export_left_is_removed_and_two_at_once_are_refused(tmp_path, trained):
+    from filelock import FileLock
+
+    out = tmp_path / "out"
+    (out / ".export-dead").mkdir(parents=True)
+    (out / ".export-dead" / "half.gguf").touch()
+    with FileLock(out / ".lock"), pytest.raises(UserError, match="another run"):
+        export.main(["--adapter", str(trained), "--lora", "--output-dir", str(out)])
+    export.main(["--adapter", str(trained), "--lora", "--output-dir", str(out)])
+    assert not list(out.glob(".export-*"))

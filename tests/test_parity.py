@@ -15,8 +15,10 @@ import pytest
 from conftest import ROOT
 
 from config import AGREEMENT, LOWEST_AGREEMENT, PACKAGED_MODEL
+from qlora.adapters import read_adapter
 from qlora.cli import UsageError, UserError
-from qlora.parity import Reference, acts_like, bounds, cause, check_pair, compare, kl, prompt_cause, read_gguf, same_text, verdict
+from qlora.gguf_files import canonical, check_metadata, check_pair, read_gguf
+from qlora.parity import Reference, acts_like, bounds, cause, compare, kl, prompt_cause, same_text, verdict
 
 sys.path.insert(0, str(ROOT / "llama.cpp"))
 import export  # noqa: E402
@@ -159,9 +161,9 @@ def test_another_models_and_another_adapters_lora_are_told_apart(tmp_path):
 
 
 def test_types_are_known_however_they_are_spelled():
-    assert [export.canonical(t) for t in ("q8_0", "F16", "bf16", "Q4_K_M", "iq4_xs")] == ["Q8_0", "f16", "bf16", "Q4_K_M", "IQ4_XS"]
+    assert [canonical(t) for t in ("q8_0", "F16", "bf16", "Q4_K_M", "iq4_xs")] == ["Q8_0", "f16", "bf16", "Q4_K_M", "IQ4_XS"]
     with pytest.raises(UsageError, match="--types Q9_9"):
-        export.canonical("Q9_9")
+        canonical("Q9_9")
 
 
 def test_adapters_without_labels_are_refused(tmp_path, trained):
@@ -175,6 +177,22 @@ def test_adapters_without_labels_are_refused(tmp_path, trained):
 
 
 # --- the ladder, on the tiny model ----------------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_no_lora_file_can_hold_has_no_such_rung(tmp_path, trained, monkeypatch, capsys):
+    """All else is measured; a note says why this is not."""
+    folder = tmp_path / "dora"
+    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    monkeypatch.setattr(parity.export, "make", lambda *_, **__: pytest.fail("nothing is missing"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "dora-f16.gguf").touch()
+    adapter = read_adapter(folder)
+    export.record(tmp_path / "out", adapter, "dora-f16.gguf", {"kind": "merged", "type": "f16", "imatrix": False})
+    rungs = parity.exported(parity.ParitySettings(folder, types=("f16",), output_dir=tmp_path / "out"), adapter)
+    assert [r.name for r in rungs] == ["f16"]
+    assert "no base + LoRA rung: DoRA" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="session")
@@ -243,7 +261,7 @@ def with_template(source: Path, target: Path, template: str) -> Path:
 def test_planted_faults_are_caught_by_name_and_none_ends_the_ladder(ladder, strong, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(parity, "FREE_TOKENS", 4)
     good = ladder / "strong-f16.gguf"
-    base, lora = ladder / "strong-base-f16.gguf", ladder / "strong-lora-f16.gguf"
+    base, lora = ladder / "tiny-base-f16.gguf", ladder / "strong-lora-f16.gguf"
     doubled = with_template(good, tmp_path / "doubled.gguf", "{{ bos_token }}" + tokenizer.chat_template)
     other = with_template(good, tmp_path / "other.gguf", tokenizer.chat_template.replace("<|im_start|>", "<|start|>"))
     short = tmp_path / "short.gguf"
@@ -279,4 +297,4 @@ def test_an_export_refuses_a_file_that_would_add_bos(strong, ladder, tmp_path):
     field = gguf.GGUFReader(file, "r+").fields["tokenizer.ggml.add_bos_token"]
     field.parts[field.data[0]][0] = True
     with pytest.raises(UserError, match="add_bos_token"):
-        export.check_metadata(file, strong)
+        check_metadata(file, strong)
