@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from config import BUNDLED, PACKAGED_MODEL, ExportSettings, InferSettings  # noqa: E402
 from qlora.cli import UsageError, UserError, note, parse, require, run  # noqa: E402
-from qlora.gguf_files import canonical, check_metadata, file_bytes  # noqa: E402
+from qlora.gguf_files import adapter_tokenizer, canonical, check_metadata, file_bytes  # noqa: E402
 
 BIN, SOURCE, RECORD = HERE / "build" / "bin", HERE / "source", "export.json"
 IMATRIX_ROWS = 100  # training prompts that the importance matrix is made from
@@ -48,6 +48,7 @@ def make(s: ExportSettings, replace_modelfile: bool = True) -> list[Path]:
     """Write the files, each as soon as it is whole; returns the .gguf ones, the one to start with first."""
     require(not s.output_dir.exists() or s.output_dir.is_dir(), f"--output-dir {s.output_dir}: is a file; name a folder")
     require(not (s.lora and s.imatrix), "--imatrix weighs quantizations of a merged model; leave --lora out")
+    require(s.lora or len(s.types) > 0, "--types: name at least one (f16 alone: --types f16)")
     s.types = tuple(map(canonical, s.types))
     adapter = read(s)
     check_disk(s, adapter)
@@ -58,9 +59,11 @@ def make(s: ExportSettings, replace_modelfile: bool = True) -> list[Path]:
         for file, what in export_lora(s, adapter, aside) if s.lora else export_merged(s, adapter, aside):
             made.append(s.output_dir / file.name)
             if file.parent != s.output_dir:
+                size = file_bytes(file)
+                (s.output_dir / file.name).unlink(missing_ok=True)  # the record of an older file of this name goes with it
                 os.replace(file, made[-1])
-                note(f"written    {made[-1]} ({file_bytes(made[-1])})")
-            record(s.output_dir, adapter, file.name, what)
+                record(s.output_dir, adapter, file.name, what)
+                note(f"written    {made[-1]} ({size})")
     if not s.lora:
         made = made[1:] + made[:1]  # f16 is what the others were made from; a quantization is what one starts with
     modelfile = s.output_dir / ("Modelfile-lora" if s.lora else "Modelfile")
@@ -86,8 +89,9 @@ def read(settings: ExportSettings):
     adapter = read_adapter(settings.adapter)
     if not adapter.base_model:
         raise UserError(f"--adapter {settings.adapter}: adapter_config.json names no base model (base_model_name_or_path); write it there")
-    if not (adapter.folder / "tokenizer_config.json").is_file():
-        raise UserError(f"--adapter {settings.adapter}: no tokenizer in it, so chat template and stop token can't be checked; copy the base's tokenizer files there")
+    adapter_tokenizer(adapter.folder)
+    if adapter.base is None:
+        note(f"note       no qlora.json in {settings.adapter}: its base is looked up by name, {adapter.base_model}")
     if settings.lora and (why := unfit_for_lora_file(adapter)):
         raise UserError(f"--adapter {settings.adapter}: {why}; export it merged (leave --lora out)")
     for tool in (BIN / "llama-quantize", SOURCE / "convert_hf_to_gguf.py"):
@@ -164,6 +168,7 @@ def export_lora(settings: ExportSettings, adapter, aside: Path) -> Iterator[tupl
         config.update(lora_alpha=config["lora_alpha"] * math.sqrt(config["r"]), use_rslora=False)
         (scaled / "adapter_config.json").write_text(json.dumps(config))
     lora = aside / f"{adapter.name}-lora-f16.gguf"
+    note(f"converting to {lora.name}")
     python("convert_lora_to_gguf.py", str(scaled), "--base", str(folder), "--outtype", "f16", "--outfile", str(lora))
     yield base, {"kind": "base", "type": "as it was" if original else "f16"}
     yield lora, {"kind": "lora", "type": "f16"}
@@ -225,14 +230,12 @@ def convert(folder: Path, out: Path) -> None:
 
 def importance(adapter, f16: Path, aside: Path) -> Path:
     """An importance matrix from prompts of the rows that were trained on, each with its answer."""
-    from transformers import AutoTokenizer
-
     from qlora.data import load_rows, split
     from qlora.prompts import sentiment_example
 
     if adapter.prompt is None or adapter.prompt.objective != "sentiment":
         raise UsageError("--imatrix needs an adapter of the objective sentiment, whose training prompts can be made again")
-    tokenizer = AutoTokenizer.from_pretrained(adapter.folder)
+    tokenizer = adapter_tokenizer(adapter.folder)
     rows, _ = split(load_rows(adapter.dataset["name"]), min(IMATRIX_ROWS, adapter.dataset.get("samples", IMATRIX_ROWS)), adapter.dataset["eval_samples"], adapter.dataset["seed"])
     prompts = [sentiment_example(tokenizer, adapter.prompt, row.text, row.label)[0] for row in rows]
     text, out = aside / "prompts.txt", aside / "imatrix.gguf"
@@ -246,11 +249,10 @@ def importance(adapter, f16: Path, aside: Path) -> Path:
 def write_modelfile(path: Path, adapter, files: list[Path]) -> None:
     """For Ollama: the file, the adapter if apart, the adapter's chat template and system message, greedy decoding."""
     import jinja2
-    from transformers import AutoTokenizer
 
     from qlora.ollama import go_template
 
-    tokenizer = AutoTokenizer.from_pretrained(adapter.folder)
+    tokenizer = adapter_tokenizer(adapter.folder)
     lines = [f"FROM ./{files[0].name}"]
     if path.name == "Modelfile-lora":
         lines.append(f"ADAPTER ./{files[1].name}")

@@ -24,7 +24,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import export  # noqa: E402
 from config import FREE_PROMPTS, FREE_TOKENS, LLAMA_CPP_TAG, ExportSettings, InferSettings, ParitySettings  # noqa: E402
 from qlora.cli import UsageError, UserError, note, parse, require, run  # noqa: E402
-from qlora.gguf_files import canonical  # noqa: E402
+from qlora.gguf_files import adapter_tokenizer, canonical  # noqa: E402
 
 PROVED = HERE / "build" / "proved"
 TOP = 1000  # likeliest next tokens asked of the server; the rest of the vocabulary counts as one
@@ -39,20 +39,24 @@ class Rung:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    from qlora.parity import bounds
+    from qlora.runs import lock_folder
+
     settings = parse(ParitySettings, argv, __doc__)
     require(settings.eval_samples > 0, f"--eval-samples {settings.eval_samples}: at least 1 row is needed")
     require(not settings.output_dir.exists() or settings.output_dir.is_dir(), f"--output-dir {settings.output_dir}: is a file; name a folder")
     settings.types = tuple(map(canonical, settings.types))
     given_rungs = [given(spec) for spec in settings.gguf]
     adapter, exam = read(settings)
+    with lock_folder(settings.output_dir):
+        pass  # it can be written
     rungs = given_rungs or exported(settings, adapter)
-    from qlora.parity import bounds
-
+    unusable = [inspect(rung, adapter) for rung in rungs]
     trained, merged = ask_trained(adapter, exam)
     results = [result(title(adapter), trained, trained, exam),
                result("merged 16 bit", merged, trained, exam, *bounds("merged", "bf16", False))]
-    for rung in rungs:
-        results.append(measure(rung, adapter, trained, exam))
+    for rung, row in zip(rungs, unusable):
+        results.append(row or measure(rung, adapter, trained, exam))
         save(settings, adapter, exam, results)
     hold_lora_to_q8(results)
     save(settings, adapter, exam, results)
@@ -61,8 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read(settings: ParitySettings):
     """(the checked adapter, the exam of its held-out rows); all that can be refused without a model is refused here."""
-    from transformers import AutoTokenizer
-
     from qlora import prompts as p
     from qlora.adapters import read_adapter
     from qlora.data import load_rows, split
@@ -73,7 +75,7 @@ def read(settings: ParitySettings):
         raise UsageError(f"{what}: parity is measured on labelled reviews; this adapter was not trained on labels by qlora_finetune.py")
     if not (export.BIN / "llama-server").exists() or not PROVED.is_file():
         raise UserError("llama.cpp is not built: run llama.cpp/build.sh first")
-    tokenizer, prompt = AutoTokenizer.from_pretrained(adapter.folder), adapter.prompt
+    tokenizer, prompt = adapter_tokenizer(adapter.folder), adapter.prompt
     if tokenizer.chat_template is None:
         raise UserError(f"{what}: its tokenizer has no chat template, so llama-server's chat can't ask it the same question")
     answer_ids = tuple(p.answer_ids(tokenizer, prompt, label)[0] for label in range(len(prompt.answers)))
@@ -153,16 +155,34 @@ def ask_trained(adapter, exam):
 # --- a GGUF file, through llama-server -----------------------------------------------------------------------------------
 
 
-def measure(rung: Rung, adapter, trained, exam) -> dict:
-    """One rung's row; a file that does not even load is a broken rung, not the end of the ladder."""
-    from qlora.gguf_files import check_pair, file_type, read_gguf
-    from qlora.parity import bounds
+def inspect(rung: Rung, adapter) -> dict | None:
+    """The row of a rung that can't be asked: a broken file is a broken rung, not the end of the ladder. None if its files are sound."""
+    from qlora.gguf_files import check_pair, file_type, is_lora, read_gguf
 
     try:
         model, *lora = (read_gguf(file) for file in rung.files)
         if lora:
             check_pair(model, *lora, rung.files[1].name, adapter.folder / "adapter_model.safetensors")
+        elif is_lora(model):
+            raise UserError(f"{rung.files[0].name} is a LoRA file; give it with its base: BASE.gguf+{rung.files[0].name}")
+        if "tokenizer.ggml.tokens" not in model.fields:
+            raise UserError(f"{rung.files[0].name} holds no tokenizer; it can't be asked anything")
         rung.type = rung.type or file_type(model)
+    except UserError as error:
+        return broken_row(rung, error)
+
+
+def broken_row(rung: Rung, error: UserError) -> dict:
+    note(f"{rung.name:14} broken: {error}")
+    return {"name": rung.name, "kind": rung.kind, "files": [f.name for f in rung.files], "broken": [str(error)], "cause": None}
+
+
+def measure(rung: Rung, adapter, trained, exam) -> dict:
+    from qlora.gguf_files import read_gguf
+    from qlora.parity import bounds
+
+    try:
+        model = read_gguf(rung.files[0])
         if len(model.fields["tokenizer.ggml.tokens"].data) > len(trained.next[0]):
             raise UserError(f"{rung.files[0].name} is another model: its vocabulary is larger than that of the model that was trained")
         size = sum(file.stat().st_size for file in rung.files)
@@ -171,8 +191,7 @@ def measure(rung: Rung, adapter, trained, exam) -> dict:
         replies = ask_server(rung, exam)
         return result(rung.name, replies, trained, exam, *bounds(rung.kind, rung.type, trained_on(adapter, rung)), **facts)
     except UserError as error:
-        note(f"{rung.name:14} broken: {error}")
-        return {"name": rung.name, "kind": rung.kind, "files": [f.name for f in rung.files], "broken": [str(error)], "cause": None}
+        return broken_row(rung, error)
 
 
 def ask_server(rung: Rung, exam):
@@ -224,7 +243,8 @@ def result(name: str, replies, trained, exam, least: float = 0.0, within: float 
     reference_right = sum((o > 0) == bool(t) for o, t in zip(trained.odds, exam.truth)) / len(exam.truth)
     broken = verdict(figures, reference_right, least, within)
     why = cause(trained, replies, exam.tokenizer.decode) if broken else None
-    note(f"{name:14} agrees on {100 * figures['agreement']:.1f}%, accuracy {100 * right:.1f}%, {figures['decode_tokens_per_second']:.1f} tokens/s"
+    agrees = "reference" if replies is trained else f"agrees on {100 * figures['agreement']:.1f}%"
+    note(f"{name:14} {agrees}, accuracy {100 * right:.1f}%, {figures['decode_tokens_per_second']:.1f} tokens/s"
          + (f"; broken: {'; '.join(broken)}: {why}" if broken else ""))
     return {"name": name, **facts, **figures, "bound": {"agreement": least, "accuracy_within": within}, "broken": broken, "cause": why}
 
@@ -258,17 +278,19 @@ def stem(settings: ParitySettings) -> str:
 
 def show(settings: ParitySettings, results: list[dict]) -> None:
     """Table on stdout, files, and the one line that says what broke."""
-    from qlora.parity_report import draw, markdown, table
+    from qlora.parity_report import KEY, draw, markdown, table
 
     print(table(results))
+    note("\n".join(KEY))
+    if results[0]["accuracy"]["rows"] < 100:
+        note("note       fewer than 100 rows: gross faults show, small ones do not")
     name = stem(settings)
     (settings.output_dir / f"{name}.md").write_text(markdown(results))
     draw(settings.output_dir / f"{name}.png", results)
     note(f"written    {settings.output_dir}/: {name}.json, {name}.md, {name}.png")
     broken = [r for r in results if r["broken"]]
     if broken:
-        raise UserError(f"{len(broken)} of {len(results)} rungs broken: " + " | ".join(
-            f"{r['name']}: {'; '.join(r['broken'])}" + (f" (likely: {r['cause']})" if r["cause"] else "") for r in broken))
+        raise UserError(f"{len(broken)} of {len(results)} rungs broken: " + " | ".join(f"{r['name']}: {r['cause'] or '; '.join(r['broken'])}" for r in broken))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@
 # Adapters: a request names those it wants, "lora": [{"id": 0, "scale": 1.0}]; those it does not name are off for it, so
 # scale 0 is the base alone. Ids are printed at the start and listed by GET /lora-adapters. A request without the field (an
 # empty list counts as none) gets what is on for everybody: the first adapter, until somebody POSTs such a list to
-# /lora-adapters. An id that does not exist is no error but the base. In the web page: Settings, custom JSON. Do not send
-# "cache_prompt": true, which brings back parts of another adapter's reading of the same prompt.
+# /lora-adapters. An id that does not exist, or a scale that is no number, is no error but the base. In the web page: Settings,
+# custom JSON. Do not send "cache_prompt": true, which brings back parts of another adapter's reading of the same prompt.
 #
 # Opening it to others. The server listens on 127.0.0.1 only, and speaks plain HTTP.
 #   From your own computer: ssh -N -L 8080:127.0.0.1:8080 user@this-machine, then open http://127.0.0.1:8080 there.
@@ -29,6 +29,8 @@ server="$here/build/bin/llama-server" key_file="$here/api-key"
 model="" adapters=() port=8080 parallel=4 context=4096
 
 fail() { echo "error: $1" >&2; exit "${2:-1}"; }
+
+taken() { echo "--port $port is taken (or, below 1024, not yours to open): name another, or stop what listens there"; }
 
 number() { # number <flag> <value> <least> <most>
   [[ "$2" =~ ^[1-9][0-9]{0,6}$ ]] && [ "$2" -ge "$3" ] && [ "$2" -le "$4" ] || fail "$1 $2: give a whole number from $3 to $4" 2
@@ -59,7 +61,7 @@ number --ctx-size "$context" 16 1048576
 if [ -z "$model" ]; then
   made=gguf-out/Modelfile-lora
   [ -f "$made" ] || [ ${#adapters[@]} -gt 0 ] || made=gguf-out/Modelfile # on a merged model an adapter would be applied twice
-  [ -f "$made" ] || fail "gguf-out/ holds no exported model: run \`python llama.cpp/export.py --lora\` first, or name a file with --model"
+  [ -f "$made" ] || fail "$PWD/gguf-out/ holds no exported model: go to the repository's folder, run \`python llama.cpp/export.py --lora\` first, or name a file with --model"
   model="gguf-out/$(sed -n '/^FROM /{s|^FROM \./||p;q;}' "$made")"
   adapter="$(sed -n '/^ADAPTER /{s|^ADAPTER \./||p;q;}' "$made")"
   [ ${#adapters[@]} -gt 0 ] || [ -z "$adapter" ] || adapters=("gguf-out/$adapter")
@@ -70,6 +72,11 @@ for file in "$model" ${adapters[@]+"${adapters[@]}"}; do
   [ -r "$file" ] || fail "$file: may not be read by you"
   [ "$(head -c 4 "$file" | tr -d '\0')" = GGUF ] || fail "$file: is not a GGUF file; llama.cpp/export.py makes them"
 done
+# What export.py says of this file, if it made it.
+made="$(dirname "$model")/export.json"
+if [ ${#adapters[@]} -gt 0 ] && [ -f "$made" ] && sed -n "/\"$(basename "$model")\": {/,/}/p" "$made" | grep -q '"kind": "merged"'; then
+  fail "$model is merged: it holds its adapter already, which would be applied twice; serve it alone, or name the base with --model" 2
+fi
 loras=()
 for adapter in ${adapters[@]+"${adapters[@]}"}; do
   case "$adapter" in *[:\"]*) fail "$adapter: llama-server reads a colon or a quote in this path as its own; rename it" ;; esac
@@ -88,6 +95,7 @@ fi
 # With no key in it llama-server would start open to everybody.
 grep -q '^[^#[:space:]]' "$key_file" || fail "$key_file: holds no key; delete it, and the next start makes one"
 
+! (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || fail "$(taken)" # before its log is begun anew
 log="$here/server-$port.log"
 key_file="${key_file#"$PWD/"}" log="${log#"$PWD/"}"
 : >"$log" || fail "$log: can't be written"
@@ -131,7 +139,9 @@ report() { # what to do with the server that is ready
 explain() { # explain <first error> <last failed file>: one line for what llama-server tells in ten
   local file="${2:-$model}"
   case "$1" in
-    *"bind HTTP"*) echo "--port $port is taken (or, below 1024, not yours to open): name another, or stop what listens there" ;;
+    *"bind HTTP"*) taken ;;
+    *"key not found in model"*) echo "$file: is no whole model; a LoRA file is given with --adapter, its base with --model" ;;
+    *"general.type to be 'adapter'"*) echo "$file: is a model, not a LoRA file; give it with --model" ;;
     *"within the file bounds"* | *"key-value pairs"* | *"tensor info"*) echo "$file: is cut short ($1); copy it again or run llama.cpp/export.py again" ;;
     *"incorrect shape"* | *mismatch* | *"does not exist in base"*) echo "$file: is no adapter of $model ($1); name the base it was trained on with --model" ;;
     *) echo "llama-server stopped: ${1:-it gave no reason}${2:+ ($2)}; all that it said: $log" ;;

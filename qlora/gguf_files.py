@@ -43,23 +43,41 @@ def read_gguf(path: Path):
 
     from gguf import GGUFReader
 
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"{path}: not a GGUF file (it does not begin with the letters GGUF); llama.cpp/export.py makes them")
     try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, struct.error, OSError) as error:
-        raise UserError(f"{path}: cut short or not a GGUF file ({str(error)[:100]}); export it again") from None
-    return reader
+        return GGUFReader(path)
+    except (ValueError, IndexError, KeyError, struct.error, OSError):
+        raise UserError(f"{path}: cut short ({path.stat().st_size:,} bytes are less than its header promises); copy or export it again") from None
+
+
+def is_lora(reader) -> bool:
+    kind = reader.fields.get("general.type")
+    return kind is not None and kind.contents() == "adapter"
+
+
+def adapter_tokenizer(folder: Path):
+    """The tokenizer saved with an adapter; raises UserError where its files are incomplete."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder}: its tokenizer files are incomplete or broken (tokenizer.json, tokenizer_config.json); copy them there from the base") from None
 
 
 def check_metadata(gguf_file: Path, tokenizer_folder: Path) -> None:
     """The file's chat template, stop token and BOS behaviour are those of the tokenizer that trained; raises UserError."""
     from gguf import GGUFReader
-    from transformers import AutoTokenizer
 
     from qlora.ollama import adds_bos
 
     fields = GGUFReader(gguf_file).fields
     value = lambda key: fields[key].contents() if key in fields else None  # noqa: E731
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer = adapter_tokenizer(tokenizer_folder)
+    if tokenizer.chat_template is None and "tokenizer.chat_template" in fields:
+        raise UserError(f"{tokenizer_folder}: its tokenizer has no chat template, {gguf_file.name} has one; copy chat_template.jinja there from the base")
     wanted = {
         "tokenizer.chat_template": tokenizer.chat_template,
         "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,
@@ -79,8 +97,7 @@ def check_pair(base, lora, name: str, adapter_weights: Path) -> None:
 
     shapes = {t.name: t.shape.tolist() for t in base.tensors}
     norms = {"lora_A": [], "lora_B": []}
-    kind = lora.fields.get("general.type")
-    if kind is None or kind.contents() != "adapter":
+    if is_lora(base) or not is_lora(lora):
         raise UserError(f"{name} is no LoRA file; the order is BASE.gguf+LORA.gguf")
     for tensor in lora.tensors:
         target, which = tensor.name.rsplit(".", 1)

@@ -48,8 +48,8 @@ def merge_into(out: Path, which: str, adapter: Adapter, model, base: Base, hardw
         del merged  # one 16-bit model at a time
         merged = merged_model(kind, adapter, base, hardware)
         drift = (logits_of(merged, prompts, hardware) - reference).norm() / reference.norm()
-        chosen = "written" if kind == which else "not written"
-        note(f"merge      into the {kind} weights: logits differ by {100 * drift:.2f}% from base + adapter as trained ({chosen})")
+        chosen = "" if not compare else "; this one is written" if kind == which else "; not written"
+        note(f"merge      into the {kind} weights: logits differ by {100 * drift:.2f}% from base + adapter as trained{chosen}")
     staged = Path(tempfile.mkdtemp(dir=out.parent, prefix=".merge-"))
     try:
         merged.save_pretrained(staged)

@@ -131,13 +131,15 @@ def cause(reference: Reference, rung: Replies, decode) -> str:
     strength = acts_like(reference, rung)
     if strength == 0:
         return "the adapter is not applied: the answers are those of the base alone"
+    if strength == 2:
+        return "the adapter acts like twice what was trained: its base already holds it, or it is scaled wrong"
     if strength != 1:
         return f"the adapter is scaled wrong: it acts like {strength:.3g} times what was trained (alpha/r where rsLoRA means alpha/sqrt(r)?)"
     return "the weights differ: too few bits, another base under the adapter, or another adapter"
 
 
 def acts_like(reference: Reference, rung: Replies) -> float:
-    """The adapter's strength that explains the answers: 1, unless they are clearly nearer to the reference at another one."""
+    """The adapter's strength that explains the answers best, of those that were tried: 1, unless another one's are clearly nearer."""
     if not reference.scaled:
         return 1
     distance = {strength: np.mean([divergence(r, o) for r, o in zip(logprobs, rung.next)]) for strength, logprobs in reference.scaled.items()}

@@ -7,7 +7,14 @@ from pathlib import Path
 from qlora.report import percent
 
 HEADS = ("rung", "MB", "bits/weight", "same ids", "agreement", "accuracy (95% interval)", "Δ log-odds mean, max", "KL mean, max",
-         "free KL", "free text", "prefill tok/s", "decode tok/s", "load s", "")
+         "free KL", "free text", "prefill tok/s", "decode tok/s", "load s", "bound")
+
+
+KEY = (
+    "agreement: the same label as the model that was trained; Δ log-odds: how far log P(answer 2) - log P(answer 1) moved;",
+    "KL: nats between the next-token distributions after a review, free KL: after a free prompt; free text: share of the reference's",
+    "text before the first difference. Every file is asked through llama-server, the first two rows are transformers.",
+)
 
 
 def cells(r: dict) -> list[str]:
@@ -16,12 +23,13 @@ def cells(r: dict) -> list[str]:
     if "kl" not in r:
         return [r["name"], *size, *[""] * 10, "broken"]
     right = r["accuracy"]
+    verdict = "broken" if r["broken"] else "ok, at least " + percent(r["bound"]["agreement"]) if r["bound"]["agreement"] else ""
     return [
         r["name"], *size, "yes" if r["prompt_ids_equal"] else "NO", percent(r["agreement"]),
         f"{percent(right['accuracy'])} ({100 * right['low']:.1f} to {100 * right['high']:.1f})",
-        f"{r['log_odds_shift']['mean']:.3f}, {r['log_odds_shift']['max']:.2f}", f"{r['kl']['mean']:.5f}, {r['kl']['max']:.3f}",
+        f"{r['log_odds_shift']['mean']:.3f}, {r['log_odds_shift']['max']:.2f}", f"{r['kl']['mean']:.2g}, {r['kl']['max']:.2g}",
         f"{r['free']['kl_mean']:.4f}", percent(r["free"]["same_text"]),
-        f"{r['prefill_tokens_per_second']:.0f}", f"{r['decode_tokens_per_second']:.1f}", "" if r["load_seconds"] is None else f"{r['load_seconds']:.1f}", "broken" if r["broken"] else "",
+        f"{r['prefill_tokens_per_second']:.0f}", f"{r['decode_tokens_per_second']:.1f}", "" if r["load_seconds"] is None else f"{r['load_seconds']:.1f}", verdict,
     ]
 
 
@@ -32,13 +40,15 @@ def table(results: list[dict]) -> str:
 
 
 def markdown(results: list[dict]) -> str:
-    lines = ["| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS), *("| " + " | ".join(cells(r)) + " |" for r in results)]
+    lines = [*KEY, "", "| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS), *("| " + " | ".join(cells(r)) + " |" for r in results)]
     broken = [f"- {r['name']}: {'; '.join(r['broken'])}" + (f" (likely: {r['cause']})" if r["cause"] else "") for r in results if r["broken"]]
     return "\n".join([*lines, *(["", "Broken:", "", *broken] if broken else [])]) + "\n"
 
 
 def draw(path: Path, results: list[dict]) -> None:
     """Every file's size, accuracy, distance from the trained model and decoding speed; the trained model is the dashed line."""
+    from matplotlib.ticker import NullFormatter
+
     from qlora.pictures import COLOURS, new_axes, save
 
     trained, files = results[0], sorted((r for r in results if "bytes" in r and "kl" in r), key=lambda r: -r["bytes"])
@@ -53,7 +63,8 @@ def draw(path: Path, results: list[dict]) -> None:
     for axes, value in ((right, 100 * trained["accuracy"]["accuracy"]), (speed, trained["decode_tokens_per_second"])):
         axes.axvline(value, color=COLOURS[6], linestyle="--", linewidth=1)
     distance.set_xscale("log")
-    size.set(yticks=range(len(files)), yticklabels=[r["name"] for r in files], xlabel="size, MB")
+    distance.xaxis.set_minor_formatter(NullFormatter())
+    size.set(yticks=range(len(files)), yticklabels=[r["name"] + (" (broken)" if r["broken"] else "") for r in files], xlabel="size, MB")
     right.set(xlabel=f"accuracy, %\n({trained['accuracy']['rows']} reviews, 95% interval)")
     distance.set(xlabel=f"mean KL from\n{trained['name']}, nats")
     speed.set(xlabel=f"decoding, tokens/s\n(dashed: {trained['name']}\nin transformers)")

@@ -147,6 +147,23 @@ def test_an_importance_matrix_comes_from_the_training_prompts(tmp_path, trained,
     assert all(ends(training)) and not all(ends(held_out))
 
 
+def test_an_adapter_whose_tokenizer_is_incomplete_is_one_line(tmp_path, trained, pretend_built):
+    adapter = changed(trained, tmp_path / "adapter")
+    (adapter / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="tokenizer files are incomplete"):
+        export.main(["--adapter", str(adapter), "--lora", "--output-dir", str(tmp_path / "out")])
+
+
+@built
+def test_a_lost_chat_template_is_named(tmp_path, trained):
+    adapter = changed(trained, tmp_path / "adapter")
+    (adapter / "chat_template.jinja").unlink()
+    export_of_trained = tmp_path / "out"
+    export.main(["--adapter", str(trained), "--lora", "--output-dir", str(export_of_trained)])
+    with pytest.raises(UserError, match="copy chat_template.jinja there"):
+        check_metadata(next(export_of_trained.glob("*base-f16.gguf")), adapter)
+
+
 @built
 def test_what_a_killed_export_left_is_removed_and_two_at_once_are_refused(tmp_path, trained):
     from filelock import FileLock

@@ -163,6 +163,28 @@ def test_what_is_missing_is_one_line(pretended):
     assert "build.sh" in error(serve(pretended))
 
 
+def test_an_adapter_is_not_put_on_a_model_that_holds_it(pretended):
+    """export.json tells what export.py made."""
+    files = {"other.gguf": {"kind": "merged", "type": "Q8_0"}, "base.gguf": {"kind": "base", "type": "f16"}}
+    (pretended / "gguf-out" / "export.json").write_text(json.dumps({"files": files}, indent=2))
+    lora = ("--adapter", "gguf-out/run-lora-f16.gguf")
+    done = serve(pretended, "--model", "gguf-out/other.gguf", *lora)
+    assert done.returncode == 2 and "applied twice" in error(done)
+    assert "--lora-scaled" in started(pretended, "--model", "gguf-out/base.gguf", *lora)
+    assert "--lora-scaled" not in started(pretended, "--model", "gguf-out/other.gguf")
+
+
+def test_a_taken_port_leaves_the_log_of_the_server_that_has_it(pretended):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        log = pretended / "llama.cpp" / f"server-{port}.log"
+        log.write_text("what it said so far")
+        assert f"--port {port} is taken" in error(serve(pretended, "--port", port))
+        assert log.read_text() == "what it said so far"
+
+
 def test_help_says_how_to_open_it():
     done = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "ssh -N -L 8080:127.0.0.1:8080" in done.stdout and "/lora-adapters" in done.stdout
