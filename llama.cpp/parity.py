@@ -163,6 +163,8 @@ def inspect(rung: Rung, adapter) -> dict | None:
         model, *lora = (read_gguf(file) for file in rung.files)
         if lora:
             check_pair(model, *lora, rung.files[1].name, adapter.folder / "adapter_model.safetensors")
+            if export.known_files(rung.files[0].parent).get(rung.files[0].name, {}).get("kind") == "merged":
+                raise UserError(f"{rung.files[0].name} holds its adapter already, which would be applied twice; give the base")
         elif is_lora(model):
             raise UserError(f"{rung.files[0].name} is a LoRA file; give it with its base: BASE.gguf+{rung.files[0].name}")
         if "tokenizer.ggml.tokens" not in model.fields:
@@ -283,7 +285,7 @@ def show(settings: ParitySettings, results: list[dict]) -> None:
     print(table(results))
     note("\n".join(KEY))
     if results[0]["accuracy"]["rows"] < 100:
-        note("note       fewer than 100 rows: gross faults show, small ones do not")
+        note("note       fewer than 100 rows: two rows more than the bound allows may differ; only gross faults show")
     name = stem(settings)
     (settings.output_dir / f"{name}.md").write_text(markdown(results))
     draw(settings.output_dir / f"{name}.png", results)

@@ -131,10 +131,8 @@ def cause(reference: Reference, rung: Replies, decode) -> str:
     strength = acts_like(reference, rung)
     if strength == 0:
         return "the adapter is not applied: the answers are those of the base alone"
-    if strength == 2:
-        return "the adapter acts like twice what was trained: its base already holds it, or it is scaled wrong"
     if strength != 1:
-        return f"the adapter is scaled wrong: it acts like {strength:.3g} times what was trained (alpha/r where rsLoRA means alpha/sqrt(r)?)"
+        return f"the adapter is scaled wrong: it acts like {strength:.3g} times what was trained, of the strengths tried (alpha/r where rsLoRA means alpha/sqrt(r)?)"
     return "the weights differ: too few bits, another base under the adapter, or another adapter"
 
 

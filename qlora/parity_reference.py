@@ -65,7 +65,7 @@ def at_other_strengths(model, adapter, trained: Reference, hardware, rows: int =
     scaled = {1: trained.next[:rows]}
     with model.disable_adapter():
         scaled[0] = score_labels(model, trained.prompts[:rows], every_token, hardware.autocast)
-    for strength in (1 / math.sqrt(r), math.sqrt(r), 2):
+    for strength in (1 / math.sqrt(r), math.sqrt(r)):
         for layer, scaling in zip(layers, kept):
             layer.scaling.update({name: value * strength for name, value in scaling.items()})
         scaled[strength] = score_labels(model, trained.prompts[:rows], every_token, hardware.autocast)

@@ -272,7 +272,7 @@ def test_planted_faults_are_caught_by_name_and_none_ends_the_ladder(ladder, stro
     export.python("convert_lora_to_gguf.py", str(strong), "--base", folder, "--outfile", str(unscaled))
     pair = ladder / "strong-lora-f16.gguf"
     faults = {
-        pair: "is a LoRA file", f"{good}+{pair}": "base already holds it",
+        pair: "is a LoRA file", f"{good}+{pair}": "applied twice",
         doubled: "BOS is doubled", other: "chat template", base: "adapter is not applied", short: "cut short",
         f"{base}+{unscaled}": "acts like 0.25 times", f"{base}+{other_adapters(lora, tmp_path / 'x.gguf')}": "another adapter",
     }
