@@ -48,8 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings.types = tuple(map(canonical, settings.types))
     given_rungs = [given(spec) for spec in settings.gguf]
     adapter, exam = read(settings)
-    with lock_folder(settings.output_dir):
-        pass  # it can be written
+    lock_folder(settings.output_dir).release()  # what can't be written, or is being written, is told before the long part
     rungs = given_rungs or exported(settings, adapter)
     unusable = [inspect(rung, adapter) for rung in rungs]
     trained, merged = ask_trained(adapter, exam)
