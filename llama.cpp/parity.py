@@ -204,7 +204,7 @@ def ask_server(rung: Rung, exam):
 
     with Server(export.BIN / "llama-server", rung.files[0], rung.files[1:], exam.context) as server:
         prompts, odds, nexts, timings = [], [], [], []
-        with progress(len(exam.messages), rung.name) as step:
+        with progress(len(exam.messages) + len(exam.free), rung.name) as step:
             for messages in exam.messages:
                 prompts.append(server.prompt_ids(messages))
                 reply = server.chat(messages, 1, TOP)
@@ -217,9 +217,12 @@ def ask_server(rung: Rung, exam):
                 nexts.append(reply["top"][0])
                 timings.append(reply["timings"])
                 step(1)
-        prompts += [server.prompt_ids(messages) for messages in exam.free]
-        free_next = [server.chat(messages, 1, TOP)["top"][0] for messages in exam.free]
-        free = [server.chat(messages, exam.free_tokens, to_the_end=True) for messages in exam.free]
+            free_next, free = [], []
+            for messages in exam.free:
+                prompts.append(server.prompt_ids(messages))
+                free_next.append(server.chat(messages, 1, TOP)["top"][0])
+                free.append(server.chat(messages, exam.free_tokens, to_the_end=True))
+                step(1)
         read, written = (sum(t["prompt_n"] for t in timings), sum(r["timings"]["predicted_n"] - 1 for r in free))
         return Replies(prompts, np.array(odds), nexts, free_next, [r["text"] for r in free], server.load_seconds,
                        1000 * read / sum(t["prompt_ms"] for t in timings), 1000 * written / sum(r["timings"]["predicted_ms"] for r in free))

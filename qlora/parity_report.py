@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from qlora.report import percent
@@ -63,6 +64,8 @@ def draw(path: Path, results: list[dict]) -> None:
     for axes, value in ((right, 100 * trained["accuracy"]["accuracy"]), (speed, trained["decode_tokens_per_second"])):
         axes.axvline(value, color=COLOURS[6], linestyle="--", linewidth=1)
     distance.set_xscale("log")
+    low, high = distance.get_xlim()
+    distance.set_xlim(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high)))  # whole decades: those have labels
     distance.xaxis.set_minor_formatter(NullFormatter())
     size.set(yticks=range(len(files)), yticklabels=[r["name"] + (" (broken)" if r["broken"] else "") for r in files], xlabel="size, MB")
     right.set(xlabel=f"accuracy, %\n({trained['accuracy']['rows']} reviews, 95% interval)")
