@@ -121,7 +121,7 @@ args=(
 [ ${#loras[@]} = 0 ] || args+=(--no-cache-prompt)
 
 report() { # what to do with the server that is ready
-  local question="I want my two hours back. Is this review positive or negative?"
+  local question='Dull, badly acted and far too long. I want my two hours back.\n\nIs this review positive or negative?'
   local url="http://127.0.0.1:$port" key lora="" what="API alone; llama.cpp/build.sh --ui adds the web page" i
   key="$(printf %q "$key_file")"
   ! grep -q "with the web page" "$here/build/proved" 2>/dev/null || what="API and web page"
