@@ -10,13 +10,14 @@ curves.png and a model card. Then: python qlora_inference.py "your review"
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from functools import partial
 from typing import Sequence
 
 from config import LR_SCHEDULER, MAX_GRAD_NORM, NAMED_ADAPTERS, PAD_MULTIPLE, WARMUP_RATIO, WEIGHT_DECAY, TrainSettings
 from qlora.cli import UsageError, note, parse, require, run
-from qlora.runs import begin, claim, saved_settings
+from qlora.runs import begin, claim, is_run, saved_settings
 
 
 def read_settings(argv: Sequence[str] | None) -> TrainSettings:
@@ -51,8 +52,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with claim(settings):
         if settings.resume and (settings.output_dir / "report.json").exists():
             note(f"{settings.output_dir} holds a complete run; nothing to do (--overwrite trains again)")
-        else:
+            return
+        try:
             train_and_report(settings)
+        except KeyboardInterrupt as stop:
+            if str(stop) or not is_run(settings.output_dir):
+                raise
+            raise KeyboardInterrupt(f"stopped; what was measured is kept, go on with: {resume_command(settings)}") from None
 
 
 def train_and_report(settings: TrainSettings) -> None:
@@ -70,11 +76,14 @@ def train_and_report(settings: TrainSettings) -> None:
     before = score_before(settings.output_dir, hardware, base, prompt, train_rows, held_out, held_out_examples)
     model = add_lora(settings, base)
     frozen = check_start(guards, settings, hardware, model, train)
-    trainer, watch, seconds = fit(settings, base, hardware, model, train, guards)
-    save_adapter(settings, base, model, prompt)
-    check_end(guards, settings, hardware, model, train, frozen)
+    trainer, measured = fit(settings, base, hardware, model, train, guards, started)
+    save_adapter(settings, base, model, prompt, guards, hardware, train, frozen)
     evaluation = score_after(hardware, base, model, prompt, held_out, held_out_examples, before)
-    finish(settings, hardware, base, model, found, train, guards, trainer, watch, seconds, evaluation, predicted, started)
+    finish(settings, hardware, base, model, found, train, guards, trainer, measured, evaluation, predicted)
+
+
+def resume_command(settings: TrainSettings) -> str:
+    return f"python qlora_finetune.py --output-dir {shlex.quote(str(settings.output_dir))} --resume"
 
 
 def show_hardware(settings: TrainSettings):
@@ -212,11 +221,13 @@ def check_start(guards, settings: TrainSettings, hardware, model, train) -> str:
     return g.frozen_hash(model)
 
 
-def fit(settings: TrainSettings, base, hardware, model, train, guards):
+def fit(settings: TrainSettings, base, hardware, model, train, guards, started: float):
+    """(the trainer, what training took, earlier processes included)"""
     import torch
     from transformers import TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
+    from qlora import guards as g
     from qlora.data import collate
     from qlora.training import Interrupt, QLoRATrainer, Watch, last_complete
 
@@ -249,27 +260,39 @@ def fit(settings: TrainSettings, base, hardware, model, train, guards):
             data_collator=partial(collate, pad_id=base.tokenizer.pad_token_id, multiple=PAD_MULTIPLE),
         )
         trainer.remove_callback(PrinterCallback)
-        watch.trainer = trainer
+        watch.trainer, trainer.guards = trainer, guards
+        trainer.run_started, trainer.train_started = started, time.perf_counter()
         checkpoint = last_complete(settings.output_dir)
         if checkpoint:
             note(f"resuming from {checkpoint}")
-        started = time.perf_counter()
+        done = checkpoint and trainer.take_up(checkpoint)
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if not done:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             if watch.bar:
                 watch.bar.close()  # an error message starts on a line of its own
-        seconds = time.perf_counter() - started
+        measured = trainer.measured()
     if interrupt.asked:
-        raise KeyboardInterrupt(f"saved at step {trainer.state.global_step}; go on with: python qlora_finetune.py --output-dir {settings.output_dir} --resume")
-    return trainer, watch, seconds
+        raise KeyboardInterrupt(f"saved at step {trainer.state.global_step}; go on with: {resume_command(settings)}")
+    g.all_finite(guards, losses(trainer))
+    if not any(r["name"] == "all_matrices_learn" for r in guards.results):
+        note("note       guard 'all_matrices_learn' looks at the third update; this run was shorter")
+    return trainer, measured
 
 
-def save_adapter(settings: TrainSettings, base, model, prompt) -> None:
-    """Adapter, tokenizer and prompt; written aside, then moved, so that a full disk leaves no half file."""
+def losses(trainer) -> list[dict]:
+    """[{step, loss, grad_norm, learning_rate, ...}], one for each optimizer step of the whole run."""
+    return [logged for logged in trainer.state.log_history if "loss" in logged]
+
+
+def save_adapter(settings: TrainSettings, base, model, prompt, guards, hardware, train, frozen: str) -> None:
+    """Adapter, tokenizer and prompt; written aside, checked, then moved: a full disk leaves no half file, a guard no adapter."""
+    from qlora import guards as g
     from qlora.adapters import save_notes
     from qlora.training import staging
 
+    g.base_unchanged(guards, frozen, model)
     # A local path means nothing elsewhere: name the base as others can find it.
     model.peft_config["default"].base_model_name_or_path = base.info.public_name
     with staging(settings.output_dir) as aside:
@@ -277,30 +300,25 @@ def save_adapter(settings: TrainSettings, base, model, prompt) -> None:
         base.tokenizer.save_pretrained(aside)
         save_notes(aside, prompt, base.info, {"name": settings.dataset, "seed": settings.seed, "eval_samples": settings.eval_samples, "samples": settings.samples})
         (aside / "README.md").unlink(missing_ok=True)  # PEFT's blank model card; ours comes with the report
+        g.reloads_same(guards, model, aside, g.probe_batch(model, train)["input_ids"], hardware.autocast)
         for path in aside.iterdir():
+            path.chmod(0o644)  # safetensors writes 600
             os.replace(path, settings.output_dir / path.name)
-
-
-def check_end(guards, settings: TrainSettings, hardware, model, train, frozen: str) -> None:
-    from qlora import guards as g
-
-    g.base_unchanged(guards, frozen, model)
-    g.reloads_same(guards, model, settings.output_dir, g.probe_batch(model, train)["input_ids"], hardware.autocast)
     note(f"guards     {len(guards.results)} of {len(guards.results)} held")
 
 
-def finish(settings, hardware, base, model, found, train, guards, trainer, watch, seconds, evaluation, predicted, started) -> None:
+def finish(settings, hardware, base, model, found, train, guards, trainer, measured, evaluation, predicted) -> None:
     """Write the record, show what matters of it, say what to do next."""
     from qlora import report as r
 
-    report = r.build_report(settings, hardware, base, model, found, train, guards, trainer, watch.history, seconds, evaluation, predicted, started)
-    r.write_report(settings.output_dir, report, watch.history)
+    history = losses(trainer)
+    report = r.build_report(settings, hardware, base, model, found, train, guards, measured, history, evaluation, predicted, time.perf_counter() - trainer.run_started)
+    r.write_report(settings.output_dir, report, history)
     r.show_result(report)
     out = settings.output_dir
     note(f"\nwritten    {out}/: adapter, report.md, report.json, curves.png ({report['seconds'] / 60:.1f} minutes in all)")
     adapter = "" if str(out) == "qlora-out" else f" --adapter {out}"
     note(f'next       python qlora_inference.py{adapter} "Type a review of your own here."')
-
 
 
 if __name__ == "__main__":

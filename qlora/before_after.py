@@ -13,9 +13,10 @@ from tqdm import tqdm
 from config import FEW_SHOT, SENTIMENT_ANSWERS
 from qlora import evaluation as e
 from qlora import prompts as p
-from qlora.data import Row
+from qlora.cli import note
+from qlora.data import Row, evenly
 from qlora.hardware import Hardware
-from qlora.loading import Base
+from qlora.loading import Base, context_length
 from qlora.runs import write_json
 
 
@@ -34,29 +35,46 @@ def label_scores(hardware: Hardware, base: Base, model, prompt: p.PromptFormat, 
 
 
 def score_before(out: Path, hardware: Hardware, base: Base, prompt: p.PromptFormat, train_rows: list[Row], held_out: list[Row], examples: list[dict]) -> dict:
-    """What is possible without training; kept in before.json, so that --resume need not measure it again.
+    """What is possible without training; kept in before.json part by part, so that --resume need not measure it again.
 
     `examples` are the encoded held-out rows (for perplexity, where there are no labels).
     """
     kept = out / "before.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    if prompt.objective == "sentiment":
-        truth = [row.label for row in held_out]
+    before = json.loads(kept.read_text()) if kept.exists() else {}
 
-        def scored(scores):
-            return e.accuracy_report(scores.argmax(1).tolist(), truth, prompt.answers)
+    def keep(**part):
+        before.update(part)
+        write_json(kept, before)
 
+    if prompt.objective != "sentiment":
+        if "perplexity" not in before:
+            with progress(len(examples), "base, perplexity") as step:
+                keep(perplexity=e.perplexity(base.model, examples, hardware.autocast, step))
+        return before
+    truth = [row.label for row in held_out]
+
+    def scored(scores):
+        return e.accuracy_report(scores.argmax(1).tolist(), truth, prompt.answers)
+
+    if "scores" not in before:
         zero = label_scores(hardware, base, base.model, prompt, held_out, "base, zero-shot")
-        before = {"scores": zero.tolist(), "base_zero_shot": scored(zero)}
-        if prompt.answers == SENTIMENT_ANSWERS:
-            before["base_few_shot"] = scored(label_scores(hardware, base, base.model, prompt, held_out, "base, 4 examples", FEW_SHOT))
-        before["bag_of_words"] = e.accuracy_report(e.bag_of_words(train_rows, held_out), truth, prompt.answers)
-    else:
-        with progress(len(examples), "base, perplexity") as step:
-            before = {"perplexity": e.perplexity(base.model, examples, hardware.autocast, step)}
-    write_json(kept, before)
+        keep(scores=zero.tolist(), base_zero_shot=scored(zero))
+    if "base_few_shot" not in before:
+        shots = FEW_SHOT if prompt.answers == SENTIMENT_ANSWERS else shortest(base.tokenizer, train_rows, len(FEW_SHOT))
+        longest = prompt.max_length + len(p.sentiment_prompt(base.tokenizer, prompt, "", shots))
+        if longest > context_length(base.model):
+            note(f"note       no score with {len(shots)} examples: {longest} tokens are more than the {context_length(base.model)} that the model reads")
+        else:
+            keep(base_few_shot=scored(label_scores(hardware, base, base.model, prompt, held_out, f"base, {len(shots)} examples", shots)))
+    if "bag_of_words" not in before:
+        keep(bag_of_words=e.accuracy_report(e.bag_of_words(train_rows, held_out), truth, prompt.answers))
     return before
+
+
+def shortest(tokenizer, rows: list[Row], count: int) -> list[tuple[str, int]]:
+    """(text, label) of the shortest rows, the labels in turn: examples for labels of which config.FEW_SHOT knows nothing."""
+    rows = evenly(sorted(rows, key=lambda row: len(row.text)), count)
+    return [(p.shorten(tokenizer, p.clean(row.text), 64), row.label) for row in rows]
 
 
 def score_after(hardware: Hardware, base: Base, model, prompt: p.PromptFormat, held_out: list[Row], examples: list[dict], before: dict) -> dict:

@@ -179,7 +179,7 @@ def split(found: RowSet, samples: int, eval_samples: int, seed: int) -> tuple[li
     """
     pool, held_out = _shuffled(found.rows, seed), _shuffled(found.held_out, seed)
     if not held_out:
-        held_out = _evenly(pool, eval_samples)
+        held_out = evenly(pool, eval_samples)
         chosen = set(map(id, held_out))
         pool = [row for row in pool if id(row) not in chosen]
     available = len(found.held_out) or len(found.rows)
@@ -189,7 +189,7 @@ def split(found: RowSet, samples: int, eval_samples: int, seed: int) -> tuple[li
         raise UsageError(
             f"--samples {samples}: {len(pool)} different rows are left for training ({found.duplicates_removed} duplicates removed)"
         )
-    return _evenly(pool, samples), _evenly(held_out, eval_samples)
+    return evenly(pool, samples), evenly(held_out, eval_samples)
 
 
 def _shuffled(rows: list[Row], seed: int) -> list[Row]:
@@ -197,7 +197,7 @@ def _shuffled(rows: list[Row], seed: int) -> list[Row]:
     return [rows[i] for i in order.tolist()]
 
 
-def _evenly(rows: list[Row], count: int) -> list[Row]:
+def evenly(rows: list[Row], count: int) -> list[Row]:
     """`count` rows, taking the labels in turn while they last; order kept."""
     turn: Counter = Counter()
     place = []

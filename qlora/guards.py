@@ -169,8 +169,13 @@ def finite(guards: Guards, value: float, what: str, step: int) -> None:
     if not math.isfinite(value):
         guards.check(
             "finite", False, f"{what} is {value} at step {step}",
-            "lower --learning-rate; on GPUs without bf16 (T4) fp16 can overflow: try --precision fp32 or a smaller model. The last checkpoint is from before",
+            "start again with --overwrite and a lower --learning-rate; on GPUs without bf16 (T4) fp16 can overflow: try --precision fp32 or a smaller model",
         )
+
+
+def all_finite(guards: Guards, history: list[dict]) -> None:
+    """The record of a run in which `finite` never fired."""
+    guards.check("finite", True, f"loss and gradient norm of {len(history)} steps", "")
 
 
 def reloads_same(guards: Guards, model, folder: Path, input_ids, autocast) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from pathlib import Path
 
 from qlora.cli import note
@@ -32,7 +31,7 @@ def accuracy_table(evaluation: dict) -> list[tuple[str, str, str]]:
     ]
 
 
-def build_report(settings, hardware, base, model, found, train, guards, trainer, history, seconds, evaluation, predicted, started) -> dict:
+def build_report(settings, hardware, base, model, found, train, guards, measured, history, evaluation, predicted, seconds) -> dict:
     """All that report.json holds; every figure is a measurement of this run."""
     trainable, total = model.get_nb_trainable_parameters()
     adapter_bytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -52,22 +51,22 @@ def build_report(settings, hardware, base, model, found, train, guards, trainer,
         },
         "lora": {"trainable_parameters": trainable, "all_parameters": total, "percent": 100 * trainable / total,
                  "bytes": adapter_bytes},
-        "memory": memory(hardware, trainer, predicted, base.model.get_memory_footprint() - adapter_bytes),
-        # Of this process: after --resume, the steps since then.
-        "train": {"steps": trainer.state.global_step, "seconds": seconds, "real_tokens": trainer.real_tokens,
-                  "tokens_per_second": trainer.real_tokens / seconds,
+        "memory": memory(hardware, measured, predicted, base.model.get_memory_footprint() - adapter_bytes),
+        # Of the whole run, but for what a killed process did after its last checkpoint.
+        "train": {"steps": len(history), "processes": measured["processes"], "seconds": measured["seconds"], "real_tokens": measured["real_tokens"],
+                  "tokens_per_second": measured["real_tokens"] / measured["seconds"],
                   "loss_first": sum(losses[:few]) / few, "loss_last": sum(losses[-few:]) / few},
         "evaluation": evaluation,
         "guards": guards.results,
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
     }
 
 
-def memory(hardware, trainer, predicted: dict | None, weights_bytes: int) -> dict:
+def memory(hardware, measured: dict, predicted: dict | None, weights_bytes: int) -> dict:
     """Peak of training's tensors, predicted and measured, and of all that the process ever held."""
-    return {"predicted_peak_bytes": predicted and predicted["peak"], "measured_peak_bytes": trainer.peak_bytes or None,
+    return {"predicted_peak_bytes": predicted and predicted["peak"], "measured_peak_bytes": measured["peak_bytes"] or None,
             "what": "live tensors in the widest training step" if hardware.device == "cpu" else "CUDA allocator, while training",
-            "predicted": predicted, "process_peak_bytes": peak_memory_bytes(hardware.device), "weights_bytes": weights_bytes}
+            "predicted": predicted, "process_peak_bytes": max(measured["process_peak_bytes"], peak_memory_bytes(hardware.device)), "weights_bytes": weights_bytes}
 
 
 def memory_line(memory: dict) -> str:

@@ -13,8 +13,8 @@ from filelock import FileLock, Timeout
 from qlora.cli import UsageError, UserError
 
 SETTINGS = "settings.json"
-# All that a run writes; --overwrite deletes these and nothing else.
-WRITTEN = (SETTINGS, "before.json", "adapter_config.json", "adapter_model.safetensors", "qlora.json", "report.json", "report.md",
+# All that a run writes besides its settings; --overwrite deletes these and nothing else.
+WRITTEN = ("report.json", "before.json", "adapter_config.json", "adapter_model.safetensors", "qlora.json", "report.md",
            "curves.png", "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
            "vocab.json", "merges.txt", "added_tokens.json")
 NOT_COMPARED = ("resume", "overwrite", "output_dir")
@@ -33,7 +33,10 @@ def write_json(path: Path, data) -> None:
     """Whole or not at all: written beside the target, then renamed."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(json.dumps(data, indent=2) + "\n")
+        with open(part, "w") as file:
+            file.write(json.dumps(data, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -42,16 +45,17 @@ def write_json(path: Path, data) -> None:
 def claim(settings) -> FileLock:
     """Lock the output folder and decide what may be there; raises UsageError or UserError. Nothing is changed yet: see begin()."""
     out: Path = settings.output_dir
+    # .lock and .settings.json.part can be all that a killed run had time to make.
+    others = sorted(p.name for p in out.iterdir() if p.name not in (".lock", f".{SETTINGS}.part")) if out.is_dir() else []
+    if others and not is_run(out):
+        raise UsageError(f"--output-dir {out}: the folder holds other files ({others[0]}, …); take an empty or new folder")
     lock = lock_folder(out)
     ours = is_run(out)
-    others = [p.name for p in out.iterdir() if p.name != ".lock"]
     try:
-        if not ours and others:
-            raise UsageError(f"--output-dir {out}: the folder holds other files ({sorted(others)[0]}, …); take an empty or new folder")
         if ours and settings.resume:
-            now = _as_json(settings)
-            before = json.loads((out / SETTINGS).read_text())
-            changed = [f"--{k.replace('_', '-')} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+            # A setting that an older version did not have was at its default.
+            before = _as_json(type(settings)()) | json.loads((out / SETTINGS).read_text())
+            changed = [f"--{k.replace('_', '-')} {before[k]} -> {v}" for k, v in _as_json(settings).items() if before[k] != v]
             if changed:
                 raise UsageError(f"--resume: the run in {out} was started with other settings ({'; '.join(changed)}); leave them out")
         elif ours and not settings.overwrite:
@@ -91,6 +95,7 @@ def is_run(out: Path) -> bool:
 
 
 def clear(out: Path) -> None:
+    """All but the settings, which say that the folder is ours; begin() replaces them."""
     for name in WRITTEN:
         (out / name).unlink(missing_ok=True)
     for folder in [*out.glob("checkpoint-*"), out / ".staging"]:

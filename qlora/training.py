@@ -13,26 +13,58 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from config import KEEP_CHECKPOINTS
 from qlora import guards as g
 from qlora.cli import note
 from qlora.data import LengthBatches
 from qlora.fetch import sha256_of
-from qlora.hardware import return_freed_memory
+from qlora.hardware import peak_memory_bytes, return_freed_memory
 from qlora.live_bytes import LiveBytes
 
-MANIFEST = "complete.json"
+MANIFEST, MEASURED = "complete.json", "measured.json"
 
 
 class QLoRATrainer(Trainer):
-    """HF Trainer with length-sorted batches, staged checkpoints, and counts of real (unpadded) tokens and of live bytes."""
+    """HF Trainer with length-sorted batches, staged checkpoints, and counts of real (unpadded) tokens and of live bytes.
 
+    The counts travel in each checkpoint: what a resumed run reports is all of it, not its last part.
+    """
+
+    processes = 1
+    run_started = train_started = 0.0  # of time.perf_counter, moved back by what earlier processes took
     real_tokens = 0
     peak_bytes = 0  # of tensors, in a step: on a GPU by its allocator, on a CPU counted in the widest steps so far
+    process_peak_bytes = 0  # of earlier processes
+    guards: g.Guards
     _widest = 0
     _staging: str | None = None
+
+    def measured(self) -> dict:
+        """What training has taken so far."""
+        now = time.perf_counter()
+        return {
+            "processes": self.processes, "run_seconds": now - self.run_started, "seconds": now - self.train_started,
+            "real_tokens": self.real_tokens, "peak_bytes": self.peak_bytes,
+            "process_peak_bytes": max(self.process_peak_bytes, peak_memory_bytes(self.args.device.type)),
+            "guards": [r for r in self.guards.results if r["name"] == "all_matrices_learn"],
+        }
+
+    def take_up(self, checkpoint: Path) -> bool:
+        """Count on from where the process that wrote `checkpoint` was; True (and its weights loaded) if no step is left to do."""
+        earlier = json.loads((checkpoint / MEASURED).read_text())
+        self.processes = earlier["processes"] + 1
+        self.run_started -= earlier["run_seconds"]
+        self.train_started -= earlier["seconds"]
+        self.real_tokens, self.peak_bytes, self.process_peak_bytes = (earlier[k] for k in ("real_tokens", "peak_bytes", "process_peak_bytes"))
+        self.guards.results += earlier["guards"]
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        return True
 
     def _get_train_sampler(self, train_dataset=None):
         data = train_dataset if train_dataset is not None else self.train_dataset
@@ -41,10 +73,11 @@ class QLoRATrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.real_tokens += inputs.pop("real_tokens")
         if self.args.device.type == "cuda":
-            if not self.peak_bytes:
+            if not self._widest:
+                self._widest = 1
                 torch.cuda.reset_peak_memory_stats()
             loss = super().training_step(model, inputs, num_items_in_batch)
-            self.peak_bytes = torch.cuda.max_memory_allocated()
+            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated())
             return loss
         width = inputs["input_ids"].shape[1]
         if width <= self._widest:
@@ -71,6 +104,7 @@ class QLoRATrainer(Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
+            (aside / name / MEASURED).write_text(json.dumps(self.measured()))
             seal(aside / name)
             shutil.rmtree(out / name, ignore_errors=True)
             os.rename(aside / name, out / name)
@@ -145,19 +179,16 @@ class Interrupt:
 
 
 class Watch(TrainerCallback):
-    """Progress, the loss curve, and the guards that look during training."""
+    """Progress, and the guards that look during training."""
 
     def __init__(self, guards: g.Guards, interrupt: Interrupt):
         self.guards, self.interrupt = guards, interrupt
-        self.history: list[dict] = []
         self.trainer: QLoRATrainer | None = None
         self.bar: tqdm | None = None
         self.updates = 0
         self.checked = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.history = [h for h in state.log_history if "loss" in h]
-        self.started = time.perf_counter()
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", unit="step", mininterval=2)
 
@@ -170,6 +201,7 @@ class Watch(TrainerCallback):
         norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
         if all(norm.isfinite() for norm in norms):
             self.checked = True
+            self.guards.results = [r for r in self.guards.results if r["name"] != "all_matrices_learn"]  # an earlier process's
             g.all_matrices_learn(self.guards, model)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -187,9 +219,8 @@ class Watch(TrainerCallback):
             # A scaler's first steps overflow by design: it lowers the scale and skips them.
             if what == "loss" or self.trainer.accelerator.scaler is None:
                 g.finite(self.guards, float(logs.get(what, 0.0)), what, state.global_step)
-        self.history.append({"step": state.global_step, **{k: float(v) for k, v in logs.items() if k in ("loss", "grad_norm", "learning_rate")}})
         if self.bar:
-            rate = self.trainer.real_tokens / (time.perf_counter() - self.started)
+            rate = self.trainer.real_tokens / (time.perf_counter() - self.trainer.train_started)
             self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {rate:.0f} tokens/s")
 
     def on_train_end(self, args, state, control, **kwargs):

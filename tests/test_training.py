@@ -51,7 +51,46 @@ def test_killed_run_resumes_to_the_same_bytes(uninterrupted, tiny_folder, tmp_pa
     done = script("qlora_finetune.py", "--output-dir", out, "--resume")
     assert done.returncode == 0 and "resuming from" in done.stderr, done.stderr
     assert (out / WEIGHTS).read_bytes() == (uninterrupted / WEIGHTS).read_bytes()
-    assert json.loads((out / "report.json").read_text())["evaluation"]["tuned"] == json.loads((uninterrupted / "report.json").read_text())["evaluation"]["tuned"]
+    here, there = report(out), report(uninterrupted)
+    assert here["evaluation"]["tuned"] == there["evaluation"]["tuned"]
+    # The report is of the whole run, not of its last part.
+    assert here["train"]["processes"] == 3 and there["train"]["processes"] == 1
+    assert here["train"]["real_tokens"] == there["train"]["real_tokens"] == there["data"]["train_tokens"]
+    assert [g["name"] for g in here["guards"]].count("all_matrices_learn") == 1
+    assert {g["name"] for g in here["guards"]} == {g["name"] for g in there["guards"]}
+
+
+def report(out) -> dict:
+    return json.loads((out / "report.json").read_text())
+
+
+def test_a_run_killed_after_its_last_step_trains_no_further(tiny_folder, tmp_path):
+    # 7 of 60 steps: the Trainer alone would make one more, and the report would be of no step at all
+    out = tmp_path / "run"
+    flags = ("--model", tiny_folder, "--output-dir", out, *LONG_RUN, "--max-steps", 7)
+    assert script("qlora_finetune.py", *flags).returncode == 0
+    first, weights = report(out), (out / WEIGHTS).read_bytes()
+    for lost in ("report.json", WEIGHTS):
+        (out / lost).unlink()
+    done = script("qlora_finetune.py", "--output-dir", out, "--resume")
+    assert done.returncode == 0 and (out / WEIGHTS).read_bytes() == weights and not (out / "checkpoint-8").exists(), done.stderr
+    again = report(out)
+    assert all(again["train"][k] == first["train"][k] for k in ("steps", "real_tokens", "loss_first", "loss_last"))
+    assert again["train"]["seconds"] > 0 and again["seconds"] > first["train"]["seconds"]
+    assert [g["name"] for g in again["guards"]].count("all_matrices_learn") == 1
+    assert again["memory"]["measured_peak_bytes"] == first["memory"]["measured_peak_bytes"]
+
+
+@pytest.mark.parametrize("moment", ["base, zero-shot", "tuned"])
+def test_ctrl_c_while_scoring_says_how_to_resume_too(tiny_folder, tmp_path, moment):
+    out = tmp_path / "run"
+    process = start(out, tiny_folder, *LONG_RUN, "--eval-samples", 400, "--max-steps", 3)
+    seen = ""
+    while f"{moment}:" not in seen and process.poll() is None:
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"--output-dir {out} --resume" in rest and "Traceback" not in rest
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(uninterrupted, tiny_folder, tmp_path):
