@@ -3,6 +3,9 @@ PYTHON ?= python3
 REVIEW ?= The plot is thin, but the actors are wonderful and I left the cinema with a smile.
 OUT ?= qlora-out
 BIN := .venv/bin
+# As it was typed: quotes, dollars and backticks are the review's, not make's or the shell's.
+override REVIEW := $(value REVIEW)
+export REVIEW
 
 .PHONY: run test help setup clean
 
@@ -11,7 +14,7 @@ help:  ## what there is
 
 run: .venv/installed  ## set up, fine-tune on IMDB (goes on where it stopped; does nothing if done), classify REVIEW="..."
 	$(BIN)/python qlora_finetune.py --output-dir $(OUT) --resume
-	$(BIN)/python qlora_inference.py --adapter $(OUT) "$(REVIEW)"
+	$(BIN)/python qlora_inference.py --adapter $(OUT) "$$REVIEW"
 
 test: .venv/tested  ## set up, run the tests (offline but for the package index)
 	$(BIN)/python -m pytest

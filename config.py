@@ -140,6 +140,7 @@ FREE_PROMPTS = (
     "What should I cook with rice, eggs and peas?",
     "Tell me a short story about a lighthouse keeper.",
 )
+EVAL_SAMPLES = 400  # held-out rows scored where nothing else is said
 FREE_TOKENS = 48  # tokens that each of them is continued by, and that decoding is timed on
 
 
@@ -158,7 +159,7 @@ class TrainSettings:
     # Training rows, drawn evenly from each label.
     samples: int = 2000
     # Held-out rows scored before and after training (never trained on; the same rows whatever --samples is).
-    eval_samples: int = 400
+    eval_samples: int = EVAL_SAMPLES
     # Passes over the training rows.
     epochs: float = 1.0
     # Stop after this many optimizer steps instead of --epochs; -1: off.
@@ -215,8 +216,8 @@ class InferSettings:
     evaluate: bool = False
     # What --evaluate scores. auto: held-out rows of the dataset that the adapter was trained on.
     dataset: str = "auto"
-    # Held-out rows for --evaluate.
-    eval_samples: int = 400
+    # Held-out rows for --evaluate. Default: as many as training held out, at most 400.
+    eval_samples: Optional[int] = None
     # Write adapter and base as one plain 16-bit model into this folder.
     merge: Optional[Path] = None
     # What --merge adds the adapter to. dequantized: the values it was trained on. original: the 16-bit weights.
@@ -313,6 +314,6 @@ class ParitySettings:
     # Only these files, made by whatever means: FILE.gguf, or BASE.gguf+LORA.gguf.
     gguf: tuple[str, ...] = ()
     # Held-out rows, those of the training run.
-    eval_samples: int = 400
+    eval_samples: int = EVAL_SAMPLES
     # Where the .gguf files, parity.json, parity.md and parity.png go.
     output_dir: Path = Path("gguf-out")

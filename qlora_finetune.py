@@ -1,7 +1,7 @@
 """Fine-tune LoRA adapters on a 4-bit model, and measure what they changed.
 
     python qlora_finetune.py                                    # IMDB, the model that fits this machine
-    python qlora_finetune.py --samples 8000 --max-length 512 --output-dir long-run
+    python qlora_finetune.py --samples 8000 --max-length 512 --eval-samples 2000 --output-dir long-run
 
 Writes into --output-dir (qlora-out): the adapter in PEFT's format, its prompt (qlora.json), report.json, report.md,
 curves.png and a model card. Then: python qlora_inference.py "your review"
@@ -27,7 +27,9 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
         settings = parse(TrainSettings, argv, __doc__, default=earlier)
     s = settings
     if s.target_modules in NAMED_ADAPTERS:
-        s.target_modules, s.lora_r = NAMED_ADAPTERS[s.target_modules]
+        modules, r = NAMED_ADAPTERS[s.target_modules]
+        require(s.lora_r in (r, TrainSettings.lora_r), f"--target-modules {s.target_modules} means r {r}, --lora-r says {s.lora_r}: leave one out")
+        s.target_modules, s.lora_r = modules, r
     require(s.samples > 0, f"--samples {s.samples}: at least 1 row is needed to train on")
     require(s.eval_samples > 0, f"--eval-samples {s.eval_samples}: at least 1 row is needed to score")
     require(0 < s.epochs < float("inf"), f"--epochs {s.epochs}: must be above 0")
@@ -87,17 +89,13 @@ def resume_command(settings: TrainSettings) -> str:
 
 
 def show_hardware(settings: TrainSettings):
-    from qlora.hardware import detect, environment
+    from qlora.hardware import detect, show
     from qlora.loading import NAMES, default_model
 
     if settings.precision == "auto":
         settings.precision = "nf4" if not settings.model.lower().endswith(".gguf") else NAMES[detect().dtype]
     hardware = detect(settings.precision)
-    env = environment(hardware)
-    note(f"device     {hardware.name}, {hardware.memory_gib:.0f} GiB")
-    note(f"dtype      {env['dtype']}: {hardware.why}")
-    note(f"versions   python {env['python']}, torch {env['torch']}, transformers {env['transformers']}, "
-         f"peft {env['peft']}, bitsandbytes {env['bitsandbytes']}")
+    show(hardware)
     if settings.model == "auto":
         settings.model, why = default_model(hardware)
         note(f"model      {settings.model} (default: {why}), {settings.precision}")
@@ -115,6 +113,8 @@ def choose_rows(settings: TrainSettings):
     if found.kind == "chat" and settings.objective == "lm":
         raise UsageError(f"--dataset {settings.dataset} holds conversations: leave --objective lm out (loss on the replies)")
     train_rows, held_out = split(found, settings.samples, settings.eval_samples, settings.seed)
+    if settings.objective == "sentiment" and found.kind == "labels" and len({row.label for row in train_rows}) < 2:
+        raise UsageError(f"--samples {settings.samples}: the rows drawn have one label only; take at least {len(found.answers)}")
     note(f"data       {found.origin}: {len(found.rows)} different rows ({found.duplicates_removed} duplicates removed), "
          f"{len(train_rows)} to train, {len(held_out)} held out")
     return train_rows, held_out, found

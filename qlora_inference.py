@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Sequence
 
-from config import InferSettings
+from config import EVAL_SAMPLES, InferSettings
 from qlora.cli import UsageError, UserError, note, parse, require, run
 
 
@@ -25,14 +25,21 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
     require(s.top_k >= 0, f"--top-k {s.top_k}: 0 (off) or above")
     require(s.max_new_tokens > 0, f"--max-new-tokens {s.max_new_tokens}: at least 1")
     require(s.batch_size > 0, f"--batch-size {s.batch_size}: at least 1")
-    require(s.eval_samples > 0, f"--eval-samples {s.eval_samples}: at least 1")
+    require(s.eval_samples is None or s.eval_samples > 0, f"--eval-samples {s.eval_samples}: at least 1")
     require(0 <= s.seed < 2**32, f"--seed {s.seed}: between 0 and 2**32 - 1")
     require("none" not in s.adapter or len(s.adapter) == 1, "--adapter none: nothing else can be loaded with it")
     require(not (s.compare and s.adapter == ("none",)), "--compare: an --adapter is needed to compare with the base")
     require(s.prompt is None or s.prompt.strip() != "", "the prompt is empty")
     require(s.merge is None or len(s.adapter) == 1 and s.adapter != ("none",), "--merge: exactly one --adapter is merged")
+    require(s.temperature > 0 or (s.top_p == 1 and s.top_k == 0), "--top-p and --top-k choose among samples: give a --temperature above 0, too")
+    asked = {"a prompt": s.prompt, "--prompts": s.prompts, "--evaluate": s.evaluate or None, "--merge": s.merge}
+    jobs = [name for name, value in asked.items() if value is not None]
+    require(len(jobs) < 2, f"{' and '.join(jobs)}: one thing at a time")
     if s.prompts is not None:
         require(s.prompts.is_file(), f"--prompts {s.prompts}: no such file")
+    typed = not jobs and sys.stdin.isatty()
+    require(not (typed and s.compare), "--compare: give a prompt, --prompts FILE, lines on stdin, or --evaluate; in a chat, /base asks the base")
+    require(len(s.adapter) == 1 or typed or s.compare or s.evaluate, "several --adapter: add --compare to see them side by side (a chat switches them, --evaluate scores each)")
     return s
 
 
@@ -76,17 +83,21 @@ def load(settings: InferSettings, adapters):
 
     from qlora.adapters import check_base
     from qlora.fast import speed_up_base, speed_up_lora
-    from qlora.hardware import detect
+    from qlora.hardware import detect, show
     from qlora.loading import default_model, first_line, load_base
 
     trained = adapters[0].base if adapters else None
     precision = settings.precision if settings.precision != "auto" else trained.precision if trained else "nf4"
     hardware = detect(precision)
-    name = settings.model if settings.model != "auto" else adapters[0].base_model if adapters else default_model(hardware)[0]
+    show(hardware)
+    if settings.model != "auto":
+        name, why = settings.model, "given"
+    else:
+        name, why = (adapters[0].base_model, f"what {adapters[0].name} was trained on") if adapters else default_model(hardware)
     pinned = trained.revision if trained and name == trained.name else None  # the hub's main branch may have moved on
     base = load_base(name, precision, hardware, pinned or None)
     base.model.generation_config = GenerationConfig()  # what a model ships (repetition penalty, top-p) would bend greedy and top-p 1
-    note(f"base       {name} as {precision} on {hardware.name}")
+    note(f"base       {name} ({why}), {precision}")
     model = base.model
     speed_up_base(model)
     for adapter in adapters:
@@ -115,7 +126,7 @@ def to_ids(settings: InferSettings, adapter, base, text: str) -> list[int]:
     prompt = adapter.prompt if adapter else None
     if prompt and prompt.objective == "sentiment" and not settings.plain:
         ids = p.sentiment_prompt(base.tokenizer, prompt, text)
-        if len(base.tokenizer(p.clean(text))["input_ids"]) > len(ids):
+        if len(p.render(base.tokenizer, p.sentiment_messages(prompt, text), True)) > len(ids):
             note(f"note       longer than {prompt.max_length} tokens: the model reads the end of it, as in training")
         return ids
     if prompt and prompt.objective == "lm" and not settings.plain:
@@ -150,52 +161,52 @@ def generate(settings: InferSettings, model, base, rows: list[list[int]], stream
     return [text.strip() for text in base.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
 
 
-def both(settings: InferSettings, model, base, rows: list[list[int]]) -> list[tuple[str, str]]:
-    """(base's answer, adapter's answer) to the same token ids."""
+def side_by_side(settings: InferSettings, adapters, model, base, texts: list[str], rows: list[list[int]]) -> None:
+    """The base's answers to the first adapter's prompts (`rows`) beside those of each adapter to its own."""
     with model.disable_adapter():
-        before = generate(settings, model, base, rows)
-    return list(zip(before, generate(settings, model, base, rows)))
+        answers = {"base": generate(settings, model, base, rows)}
+    for adapter in adapters:
+        model.set_adapter(adapter.peft_name)
+        own = rows if adapter is adapters[0] else [to_ids(settings, adapter, base, text) for text in texts]
+        answers[adapter.name] = generate(settings, model, base, own)
+    width = max(map(len, answers))
+    for i, text in enumerate(texts):
+        print(f"> {text if len(text) <= 100 else text[:97] + '…'}")
+        for name, replies in answers.items():
+            print(f"  {name:{width}}  {' '.join(replies[i].split())}", flush=True)
 
 
 def answer(settings: InferSettings, adapters, model, base) -> None:
-    """One prompt, a file of prompts, or the lines of stdin: one line of answer each."""
+    """One prompt as it is written, token by token; a file of prompts or the lines of stdin: one line of answer each."""
     from transformers import TextStreamer
 
     adapter = adapters[0] if adapters else None
     if settings.prompt is not None:
         texts = [settings.prompt]
     elif settings.prompts is not None:
-        texts = read_lines(settings.prompts)
+        texts = read_lines(f"--prompts {settings.prompts}", settings.prompts.read_bytes())
     else:
-        texts = [line.strip() for line in sys.stdin if line.strip()]
+        texts = read_lines("stdin", sys.stdin.buffer.read())
     if not texts:
         raise UsageError("no prompt given: as an argument, with --prompts FILE, or as lines on stdin")
     rows = [to_ids(settings, adapter, base, text) for text in texts]
-    if len(rows) == 1 and not settings.compare:
+    if settings.prompt is not None and not settings.compare:
         generate(settings, model, base, rows, TextStreamer(base.tokenizer, skip_prompt=True, skip_special_tokens=True))
         return
     for start in range(0, len(rows), settings.batch_size):
-        batch = rows[start : start + settings.batch_size]
+        batch = slice(start, start + settings.batch_size)
         if settings.compare:
-            for text, (before, after) in zip(texts[start:], both(settings, model, base, batch)):
-                show_pair(text, adapter.name, before, after)
+            side_by_side(settings, adapters, model, base, texts[batch], rows[batch])
         else:
-            for reply in generate(settings, model, base, batch):
+            for reply in generate(settings, model, base, rows[batch]):
                 print(" ".join(reply.split()), flush=True)  # one line per prompt, so that the two files pair up
 
 
-def read_lines(path: Path) -> list[str]:
+def read_lines(name: str, content: bytes) -> list[str]:
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in content.decode("utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise UsageError(f"--prompts {path}: not a text file in UTF-8") from None
-
-
-def show_pair(text: str, name: str, before: str, after: str) -> None:
-    width = max(len("base"), len(name))
-    print(f"> {text if len(text) <= 100 else text[:97] + '…'}")
-    print(f"  {'base':{width}}  {' '.join(before.split())}")
-    print(f"  {name:{width}}  {' '.join(after.split())}", flush=True)
+        raise UsageError(f"{name}: not text in UTF-8") from None
 
 
 def chat(settings: InferSettings, adapters, model, base) -> None:
@@ -255,11 +266,12 @@ def evaluate(settings: InferSettings, adapters, model, base, hardware) -> None:
         found = load_rows(name)
         if found.kind != "labels" or found.answers != prompt.answers:
             raise UsageError(f"--dataset {name}: answers {', '.join(found.answers) or 'none'}, but the adapter answers {', '.join(prompt.answers)}")
-        held_out = trained.get("eval_samples", settings.eval_samples)
         # Held-out rows are drawn first, so more of them than the training run held out would be its training rows.
-        if name == trained["name"] and not found.held_out and settings.eval_samples > held_out:
-            raise UsageError(f"--eval-samples {settings.eval_samples}: {adapter.name} held out {held_out} rows of {name}; the next ones were trained on")
-        _, rows = split(found, 1, settings.eval_samples, trained["seed"])
+        held_out = trained.get("eval_samples") if same_data(name, trained["name"]) and not found.held_out else None
+        count = settings.eval_samples or min(held_out or EVAL_SAMPLES, EVAL_SAMPLES)
+        if held_out and count > held_out:
+            raise UsageError(f"--eval-samples {count}: {adapter.name} held out {held_out} rows of {name}; the next ones were trained on")
+        _, rows = split(found, 1, count, trained["seed"])
         note(f"data       {found.origin}: {len(rows)} held-out rows")
         if adapter is None:
             show_score(base, model, prompt, rows, "base", hardware)
@@ -269,6 +281,10 @@ def evaluate(settings: InferSettings, adapters, model, base, hardware) -> None:
             with model.disable_adapter():
                 show_score(base, model, prompt, rows, "base", hardware)
         show_score(base, model, prompt, rows, adapter.name, hardware)
+
+
+def same_data(a: str, b: str) -> bool:
+    return a == b or (Path(a).exists() and Path(b).exists() and Path(a).samefile(b))
 
 
 def show_score(base, model, prompt, rows, title, hardware) -> None:

@@ -28,7 +28,9 @@ NEEDS_MODEL = ("architecture", "untrained", "sampling")  # the others load what 
 def read_settings(argv: Sequence[str] | None) -> DemoSettings:
     s = parse(DemoSettings, argv, __doc__)
     if s.target_modules in NAMED_ADAPTERS:
-        s.target_modules, s.lora_r = NAMED_ADAPTERS[s.target_modules]
+        modules, r = NAMED_ADAPTERS[s.target_modules]
+        require(s.lora_r in (r, DemoSettings.lora_r), f"--target-modules {s.target_modules} means r {r}, --lora-r says {s.lora_r}: leave one out")
+        s.target_modules, s.lora_r = modules, r
     require(s.lora_r > 0, f"--lora-r {s.lora_r}: the rank must be at least 1")
     require(s.lora_alpha is None or s.lora_alpha > 0, f"--lora-alpha {s.lora_alpha}: must be above 0")
     require(0 <= s.lora_dropout < 1, f"--lora-dropout {s.lora_dropout}: at least 0, below 1")
@@ -83,13 +85,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def choose(settings: DemoSettings):
-    from qlora.hardware import detect
+    from qlora.hardware import detect, show
     from qlora.loading import default_model
 
     hardware = detect(settings.precision)
+    show(hardware)
+    why = "given"
     if settings.model == "auto":
-        settings.model = default_model(hardware)[0]
-    note(f"device     {hardware.name}; {str(hardware.dtype).removeprefix('torch.')}: {hardware.why}")
+        settings.model, why = default_model(hardware)
+    note(f"model      {settings.model} ({why})")
     return hardware
 
 
@@ -102,12 +106,12 @@ def quantize(settings: DemoSettings, hardware):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    from qlora.loading import DTYPES, locate, never_repack, refuse_pickles
+    from qlora.loading import DTYPES, locate, never_repack, readable, refuse_misread_rows, refuse_pickles
     from qlora.weights import held_bytes
 
     folder = locate(settings.model)[0]
     refuse_pickles(folder)
-    with torch.device("meta"):  # shapes only: what 16 bits would take, without taking it
+    with readable(settings.model, folder), torch.device("meta"):  # shapes only: what 16 bits would take, without taking it
         full = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True), dtype=torch.bfloat16)
     before, parameters = full.get_memory_footprint(), full.num_parameters()
 
@@ -120,12 +124,15 @@ def quantize(settings: DemoSettings, hardware):
     )
     config = {"nf4": four_bit, "fp4": four_bit, "int8": BitsAndBytesConfig(load_in_8bit=True)}.get(settings.precision)
     started = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=DTYPES.get(settings.precision, hardware.dtype), quantization_config=config,
-        device_map={"": hardware.device}, use_safetensors=True, local_files_only=True,
-    ).eval()
+    with readable(settings.model, folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES.get(settings.precision, hardware.dtype), quantization_config=config,
+            device_map={"": hardware.device}, use_safetensors=True, local_files_only=True,
+        ).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     seconds = time.perf_counter() - started
     never_repack(model)
+    refuse_misread_rows(settings.model, model)
 
     after = held_bytes(model.modules())  # get_memory_footprint() leaves out the block constants
     title(f"{settings.model} in {settings.precision}")
@@ -133,7 +140,7 @@ def quantize(settings: DemoSettings, hardware):
     print(f"  in bf16   {before / 1e6:8.1f} MB   {8 * before / parameters:5.2f} bits per parameter")
     print(f"  in {settings.precision:5}  {after / 1e6:8.1f} MB   {8 * after / parameters:5.2f} bits per parameter   (loaded in {seconds:.1f} s)")
     result = {"parameters": parameters, "bf16_bytes": before, "bytes": after, "load_seconds": seconds}
-    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True), result
+    return model, tokenizer, result
 
 
 def look_inside(parts: Sequence[str], settings: DemoSettings, model, tokenizer) -> dict:

@@ -65,8 +65,9 @@ def read_adapter(folder: Path) -> Adapter:
         base, prompt = BaseInfo(**notes["base"]), PromptFormat.from_json(notes["prompt"])
     except (KeyError, TypeError):
         raise UserError(f"--adapter {folder}: {NOTES} lacks what this version writes; train again") from None
-    # A .gguf file was perhaps named from another folder; its whole path is known.
-    return Adapter(folder, base.public_name if base.name.lower().endswith(".gguf") else base.name, prompt, base, notes.get("dataset", {}))
+    # A file or folder was perhaps named from another folder; its whole path is known.
+    here = base.public_name if Path(base.public_name).is_absolute() and Path(base.public_name).exists() else base.name
+    return Adapter(folder, here, prompt, base, notes.get("dataset", {}))
 
 
 def check_weights(path: Path) -> None:

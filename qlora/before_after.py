@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 from typing import Iterator
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from config import FEW_SHOT, SENTIMENT_ANSWERS
 from qlora import evaluation as e
 from qlora import prompts as p
-from qlora.cli import note
+from qlora.cli import UserError, note
 from qlora.data import Row, evenly
 from qlora.hardware import Hardware
 from qlora.loading import Base, context_length
@@ -41,6 +42,10 @@ def score_before(out: Path, hardware: Hardware, base: Base, prompt: p.PromptForm
     """
     kept = out / "before.json"
     before = json.loads(kept.read_text()) if kept.exists() else {}
+    asked = fingerprint(prompt, base, train_rows, held_out)
+    if before.get("asked", asked) != asked:
+        raise UserError(f"{out}: dataset, prompt or base model have changed since this run began; start again with --overwrite")
+    before["asked"] = asked
 
     def keep(**part):
         before.update(part)
@@ -71,6 +76,12 @@ def score_before(out: Path, hardware: Hardware, base: Base, prompt: p.PromptForm
     return before
 
 
+def fingerprint(prompt: p.PromptFormat, base: Base, *rows: list[Row]) -> str:
+    """sha256 of what a run asks and of whom: scores of one run say nothing about another."""
+    asked = [prompt.to_json(), base.info.revision, [[(row.text, row.label) for row in part] for part in rows]]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
 def shortest(tokenizer, rows: list[Row], count: int) -> list[tuple[str, int]]:
     """(text, label) of the shortest rows, the labels in turn: examples for labels of which config.FEW_SHOT knows nothing."""
     rows = evenly(sorted(rows, key=lambda row: len(row.text)), count)
@@ -95,7 +106,7 @@ def score_after(hardware: Hardware, base: Base, model, prompt: p.PromptFormat, h
     ]
     return {
         "rows": len(held_out),
-        **{k: v for k, v in before.items() if k != "scores"},
+        **{k: before[k] for k in ("base_zero_shot", "base_few_shot", "bag_of_words") if k in before},
         "tuned": e.accuracy_report(tuned.argmax(1).tolist(), truth, prompt.answers),
         "flips": {"fixed": len(changed["fixed"]), "broken": len(changed["broken"]), "examples": examples_shown},
     }

@@ -125,7 +125,10 @@ def whole_numbers(labels: pd.Series) -> pd.Series:
 
 
 def label_names(labels: pd.Series, dataset: str) -> list:
-    names = sorted(labels.dropna().unique().tolist(), key=str)
+    try:
+        names = sorted(labels.dropna().unique().tolist(), key=str)
+    except TypeError:  # a list or an object in each row
+        raise UsageError(f"--dataset {dataset}: labels must be numbers or words; found {str(labels.dropna().iloc[0])[:80]}") from None
     if -1 in names:  # the hub's IMDB marks its unlabelled half so
         names.remove(-1)
     if len(names) < 2:
@@ -149,10 +152,7 @@ def to_rows(table: pd.DataFrame, shape: tuple[str, ...], names: list) -> list[Ro
     if shape == ("text",):
         return [Row(str(t)) for t in table["text"] if clean(str(t))]
     if shape == ("messages",):
-        try:
-            talks = [[{"role": m["role"], "content": m["content"]} for m in talk] for talk in table["messages"]]
-        except (TypeError, KeyError):
-            raise UsageError("--dataset: each row of the column messages must be a list of {role, content}") from None
+        talks = [conversation(talk) for talk in table["messages"]]
     else:
         extra = table["input"].fillna("") if "input" in table and shape[0] == "instruction" else [""] * len(table)
         talks = [
@@ -160,6 +160,20 @@ def to_rows(table: pd.DataFrame, shape: tuple[str, ...], names: list) -> list[Ro
             for ask, more, reply in zip(table[shape[0]], extra, table[shape[1]])
         ]
     return [Row(json.dumps(talk), messages=tuple(talk)) for talk in talks if any(m["role"] == "assistant" for m in talk)]
+
+
+def conversation(talk) -> list[dict]:
+    """[{role, content}] of a row of the column messages; raises UsageError where it is none that can be trained on."""
+    try:
+        messages = [{"role": m["role"], "content": m["content"]} for m in talk]
+    except (TypeError, KeyError, IndexError):
+        raise UsageError(f"--dataset: each row of the column messages must be a list of {{role, content}}; found {str(talk)[:80]}") from None
+    if not all(isinstance(m["content"], str) and m["role"] in ("system", "user", "assistant") for m in messages):
+        raise UsageError(f"--dataset: messages need a text as content and system, user or assistant as role; found {str(messages)[:120]}")
+    roles = [m["role"] for m in messages]
+    if "assistant" in roles and "user" not in roles[: roles.index("assistant")]:
+        raise UsageError(f"--dataset: a conversation must begin with the user, before the first reply; found {str(messages)[:120]}")
+    return messages
 
 
 def without_duplicates(rows: list[Row]) -> tuple[list[Row], int]:

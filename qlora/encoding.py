@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import jinja2
+
 from config import SENTIMENT_ANSWERS, SENTIMENT_SYSTEM, SENTIMENT_USER
 from qlora import prompts as p
-from qlora.cli import UsageError, note
+from qlora.cli import UsageError, UserError, note
 from qlora.data import Row
 
 
@@ -28,7 +30,10 @@ def encode_rows(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -
             return p.lm_example(tokenizer, row.text, prompt.max_length)
         return p.chat_example(tokenizer, row.messages)
 
-    made = [dict(zip(("input_ids", "labels"), encode(row))) for row in rows]
+    try:
+        made = [dict(zip(("input_ids", "labels"), encode(row))) for row in rows]
+    except jinja2.TemplateError as error:  # many templates raise where the roles do not take turns
+        raise UserError(f"this model's chat template refuses a {what} row ({error}); do its roles take turns, user first?") from None
     kept = [e for e in made if len(e["input_ids"]) <= prompt.max_length]
     if not kept:
         shortest = min(len(e["input_ids"]) for e in made)

@@ -150,9 +150,9 @@ def speed_up_base(lm) -> str:
 def _dense(linear) -> torch.Tensor:
     import bitsandbytes as bnb
 
-    linear.dense = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(torch.bfloat16)
-    linear.forward = types.MethodType(lambda self, x: F.linear(x, self.dense.to(x.dtype), self.bias), linear)
-    return linear.dense
+    linear.dequantized = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(torch.bfloat16)
+    linear.forward = types.MethodType(lambda self, x: F.linear(x, self.dequantized.to(x.dtype), self.bias), linear)
+    return linear.dequantized
 
 
 def speed_up_lora(model) -> None:
@@ -173,7 +173,7 @@ def speed_up_lora(model) -> None:
 def _lora_forward(self, x, *args, **kwargs):
     adapters = self.active_adapters
     name = adapters[0] if len(adapters) == 1 else None
-    frozen = getattr(self.get_base_layer(), "dense", self.get_base_layer().weight)
+    frozen = getattr(self.get_base_layer(), "dequantized", self.get_base_layer().weight)
     simple = (
         name in self.lora_A and not (args or kwargs) and not self.disable_adapters and not self.merged
         and name not in self.lora_variant and x.dtype == frozen.dtype == torch.bfloat16

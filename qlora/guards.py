@@ -70,8 +70,8 @@ def frozen_hash(model) -> str:
         digest.update(name.encode())
         digest.update(_bytes(tensor))
     for name, module in model.named_modules():
-        if hasattr(module, "dense"):  # the dequantized copy that a CPU multiplies with
-            digest.update(_bytes(module.dense))
+        if isinstance(getattr(module, "dequantized", None), torch.Tensor):  # the copy that a CPU multiplies with
+            digest.update(_bytes(module.dequantized))
     return digest.hexdigest()
 
 

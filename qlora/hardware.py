@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qlora.cli import note
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -81,6 +83,14 @@ def environment(hardware: Hardware) -> dict:
         "dtype": str(hardware.dtype).removeprefix("torch."),
         "why": hardware.why,
     }
+
+
+def show(hardware: Hardware) -> None:
+    """The first lines of a run: on what, in which arithmetic and why, with which libraries."""
+    env = environment(hardware)
+    note(f"device     {hardware.name}, {hardware.memory_gib:.0f} GiB")
+    note(f"dtype      {env['dtype']}: {hardware.why}")
+    note(f"versions   python {env['python']}, torch {env['torch']}, transformers {env['transformers']}, peft {env['peft']}, bitsandbytes {env['bitsandbytes']}")
 
 
 def peak_memory_bytes(device: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -89,7 +90,7 @@ def load_base(name: str, precision: str, hardware: Hardware, revision: str | Non
     dtype = DTYPES.get(precision, hardware.dtype)
     refuse_pickles(folder)
     config_sha256 = fingerprint(folder)
-    try:
+    with readable(name, folder):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -99,18 +100,25 @@ def load_base(name: str, precision: str, hardware: Hardware, revision: str | Non
             local_files_only=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{name}: the model in {folder} can't be loaded ({first_line(error)})") from None
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"{name}: a weights file in {folder} is damaged or cut short ({first_line(error)}); fetch it again") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     never_repack(model)
     refuse_misread_rows(name, model)
     info = BaseInfo(name, public_name, revision, precision, str(dtype).removeprefix("torch."), config_sha256)
     return Base(model.eval(), tokenizer, info)
+
+
+@contextlib.contextmanager
+def readable(name: str, folder: Path):
+    """Turns what transformers raises on a damaged model folder into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name}: the model in {folder} can't be loaded ({first_line(error)})") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(f"{name}: a weights file in {folder} is damaged or cut short ({first_line(error)}); fetch it again") from None
 
 
 def never_repack(model) -> None:
@@ -177,12 +185,21 @@ def unpack_gguf(gguf: Path, digest: str) -> Path:
     try:
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-        staged.chmod(0o755)  # mkdtemp's 700 would shut out the other users of a shared checkout
-        if not folder.is_dir():  # another run may have been first
-            os.rename(staged, folder)
+        open_to_all(staged)
+        os.rename(staged, folder)
+    except OSError:
+        if not folder.is_dir():  # else another run was first
+            raise
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return folder
+
+
+def open_to_all(staged: Path) -> None:
+    """mkdtemp's mode 700 and safetensors' 600 would shut out the other users of a shared checkout."""
+    staged.chmod(0o755)
+    for path in staged.iterdir():
+        path.chmod(0o644)
 
 
 def restore_word_rule(tokenizer, gguf: Path) -> None:

@@ -14,7 +14,7 @@ from qlora.adapters import Adapter
 from qlora.cli import UsageError, UserError, note
 from qlora.guards import last_logits
 from qlora.hardware import Hardware
-from qlora.loading import DTYPES, Base, load_base
+from qlora.loading import DTYPES, Base, load_base, open_to_all
 from qlora.prompts import render, sentiment_prompt
 from qlora.weights import dequantized
 
@@ -54,7 +54,7 @@ def merge_into(out: Path, which: str, adapter: Adapter, model, base: Base, hardw
     try:
         merged.save_pretrained(staged)
         base.tokenizer.save_pretrained(staged)
-        staged.chmod(0o755)
+        open_to_all(staged)
         if out.exists():
             out.rmdir()
         os.rename(staged, out)

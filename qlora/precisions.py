@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from config import COMPARABLE
 from qlora.cli import UserError
 from qlora.hardware import Hardware
-from qlora.loading import DTYPES, never_repack, quantization_config
+from qlora.loading import DTYPES, never_repack, quantization_config, readable, refuse_misread_rows
 from qlora.weights import linear_layers
 
 # Every product converts weights or activations, without a fused kernel: a token takes 2 to 10 times as long as in bf16.
@@ -42,10 +42,12 @@ def load(folder: Path, precision: str, hardware: Hardware):
     config = quantization_config("nf4" if precision == "nf4-dq" else precision, dtype)
     if precision in ("nf4", "fp4"):
         config.bnb_4bit_use_double_quant = False  # elsewhere in this repository always on; here it is a row of its own
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, quantization_config=config, device_map={"": hardware.device}, use_safetensors=True, local_files_only=True
-    ).eval()
+    with readable(folder.name, folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, quantization_config=config, device_map={"": hardware.device}, use_safetensors=True, local_files_only=True
+        ).eval()
     never_repack(model)
+    refuse_misread_rows(folder.name, model)
     model.generation_config = GenerationConfig()  # no end token: every precision decodes as many
     if torchao:
         from torchao.quantization import quantize_

@@ -158,18 +158,32 @@ def model_card(report: dict, text: str) -> str:
         "## Use",
         "",
         "```python",
+        "import torch",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM, BitsAndBytesConfig",
         "",
-        f'base = AutoModelForCausalLM.from_pretrained("{base["public_name"]}")',
+        *loading_snippet(base),
         'model = PeftModel.from_pretrained(base, "this-folder")',
         "```",
         "",
-        f"Trained on the base at {base['precision']} ({base['dtype']}), revision {base['revision'] or 'of a local folder'}. "
-        "qlora.json holds the prompt that it was trained with; another prompt gives other answers.",
+        f"Trained on the base at {base['precision']} ({base['dtype']}), revision {base['revision'] or 'of a local folder'}; on another precision or "
+        "revision its answers can differ. qlora.json holds the prompt that it was trained with; another prompt gives other answers.",
         "",
     ]
     return "\n".join(head) + text + "\n".join(use)
+
+
+def loading_snippet(base: dict) -> list[str]:
+    """Python that loads the base as it was trained on."""
+    options = [f"dtype=torch.{base['dtype']}"]
+    if base["precision"] in ("nf4", "fp4"):
+        options.append(f'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{base["precision"]}", '
+                       f"bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.{base['dtype']})")
+    elif base["precision"] == "int8":
+        options.append("quantization_config=BitsAndBytesConfig(load_in_8bit=True)")
+    if base["revision"] and not base["revision"].startswith("gguf"):
+        options.append(f'revision="{base["revision"]}"')
+    return [f'base = AutoModelForCausalLM.from_pretrained("{base["public_name"]}", {", ".join(options)})']
 
 
 def draw_curves(path: Path, history: list[dict], report: dict) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -93,6 +94,7 @@ def contents(folder) -> dict:
     (["--learning-rate", "nan"], "--learning-rate nan"),
     (["--precision", "nf5"], "--precision"),
     (["--resume", "--overwrite"], "--resume and --overwrite"),
+    (["--target-modules", "lite", "--lora-r", "8"], "lite means r 32, --lora-r says 8"),
 ])
 def test_flags_of_training(tmp_path, flags, match):
     train(*flags, "--output-dir", tmp_path / "out", "--dataset", "gone.csv", match=match)
@@ -109,6 +111,10 @@ def test_flags_of_training(tmp_path, flags, match):
     (["--seed", "-1", "x"], "--seed -1"),
     (["--adapter", "none", "--merge", "m"], "--merge"),
     (["--adapter", "none", "--compare", "x"], "--compare"),
+    (["--top-p", "0.9", "x"], "--top-p and --top-k .* --temperature"),
+    (["--prompts", "README.md", "x"], "a prompt and --prompts: one thing at a time"),
+    (["--evaluate", "--merge", "m"], "--evaluate and --merge"),
+    (["--adapter", "a", "--adapter", "b", "x"], "several --adapter: add --compare"),
 ])
 def test_flags_of_inference(flags, match):
     infer("--model", "unused", *flags, match=match)
@@ -148,6 +154,10 @@ def test_an_error_is_one_line_whatever_it_quotes(capsys):
     ("rows.xlsx", b"PK", r"expected a .csv, .jsonl or .parquet file, found '.xlsx'"),
     ("turns.jsonl", b'{"messages": "hello"}\n', "messages"),
     ("turns.jsonl", b'{"messages": [{"from": "human", "value": "hello"}]}\n', "messages"),
+    ("turns.jsonl", b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": null}]}\n', "need a text as content"),
+    ("turns.jsonl", b'{"messages": [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "hello"}]}\n', "must begin with the user"),
+    ("turns.jsonl", b'{"messages": [{"role": "bot", "content": "hi"}]}\n', "as role"),
+    ("labels.jsonl", b'{"text": "a", "label": [1]}\n{"text": "b", "label": [2]}\n', "labels must be numbers or words"),
 ])
 def test_datasets(tmp_path, name, content, match):
     if content is not None:
@@ -160,6 +170,7 @@ def test_more_rows_than_there_are(tmp_path, csv):
     flags = ("--dataset", csv, "--model", "unused/unused", "--output-dir", tmp_path / "out")
     train(*flags, "--samples", 41, "--eval-samples", 8, match="--samples 41: 32 different rows")
     train(*flags, "--samples", 4, "--eval-samples", 80, match="--eval-samples 80: the dataset has 40")
+    train(*flags, "--samples", 1, "--eval-samples", 8, match="--samples 1: the rows drawn have one label only; take at least 2")
 
 
 # --- models ---
@@ -225,9 +236,46 @@ def test_prompts_that_the_model_refuses(tmp_path, tiny_folder):
     flags = ("--adapter", "none", "--model", tiny_folder)
     infer(*flags, "word " * 600, match="the 512 that the model reads", code=1)
     (tmp_path / "bad.txt").write_bytes(bytes(range(256)))
-    infer(*flags, "--prompts", tmp_path / "bad.txt", match="not a text file")
+    infer(*flags, "--prompts", tmp_path / "bad.txt", match="not text in UTF-8")
     (tmp_path / "none.txt").write_text("\n\n")
     infer(*flags, "--prompts", tmp_path / "none.txt", match="no prompt")
+
+
+def test_lines_that_are_no_text(tiny_folder):
+    from conftest import ROOT
+
+    command = [sys.executable, "qlora_inference.py", "--adapter", "none", "--model", str(tiny_folder)]
+    done = subprocess.run(command, input=b"\xff\xfe\x00", capture_output=True, cwd=ROOT)
+    assert done.returncode == 2 and b"error: stdin: not text in UTF-8" in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("harm, match", [("cut", "damaged or cut short"), ("config", "config.json|can't be loaded"), ("narrow", "is 96 wide, not a multiple of 64")])
+def test_models_that_the_demo_refuses(tmp_path, tiny_folder, tokenizer, harm, match):
+    import quant_llama32_4bit_lora as demo
+
+    if harm == "narrow":
+        folder = make_tiny(tmp_path / "model", tokenizer, hidden_size=96)
+    else:
+        folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    if harm == "cut":
+        os.truncate(folder / "model.safetensors", 100_000)
+    if harm == "config":
+        (folder / "config.json").write_text("{}")
+    refused(demo.main, "--architecture", "--model", folder, "--output-dir", tmp_path / "out", match=match, code=1)
+
+
+def test_a_template_that_refuses_the_roles(tokenizer):
+    import copy
+
+    from qlora.data import Row
+    from qlora.encoding import encode_rows
+    from qlora.prompts import PromptFormat
+
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    row = Row("x", messages=({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
+    with pytest.raises(UserError, match="refuses a training row .roles must alternate"):
+        encode_rows(strict, PromptFormat("chat", 64), [row], "training")
 
 
 # --- files from the package index ---
@@ -370,7 +418,30 @@ def test_unrelated_files_are_kept(tmp_path, csv, settings):
     before = contents(tmp_path)
     for flags in ([], ["--overwrite"], ["--resume"]):
         train("--output-dir", tmp_path, "--dataset", csv, *flags, match="other files")
-    assert contents(tmp_path) == before
+    assert contents(tmp_path) == before and not (tmp_path / ".lock").exists()
+
+
+def test_a_run_killed_while_it_began_leaves_a_free_folder(tmp_path, csv):
+    from qlora import runs
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".settings.json.part").write_text("{")
+    train(*small_run(tmp_path / "none.gguf", csv, out), match="no such file")
+    # --overwrite, killed between deleting and beginning: the folder is still a run's
+    runs.write_json(out / runs.SETTINGS, {"lora_r": 4})
+    (out / "adapter_config.json").write_text("{}")
+    runs.clear(out)
+    assert runs.is_run(out) and not (out / "adapter_config.json").exists()
+
+
+def test_resume_notices_other_rows(tmp_path, tiny_folder):
+    out, data = tmp_path / "out", write_csv(tmp_path / "data.csv", 40)
+    flags = small_run(tiny_folder, data, out)
+    assert script("qlora_finetune.py", *flags).returncode == 0
+    (out / "report.json").unlink()
+    write_csv(data, 40, (1, 0))
+    train("--output-dir", out, "--resume", match="have changed since this run began; start again with --overwrite", code=1)
 
 
 def test_another_run_is_kept(tmp_path, tiny_folder, csv, trained):

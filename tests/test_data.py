@@ -76,6 +76,31 @@ def test_more_rows_than_there_are(tmp_path):
         d.split(found, 1, 50, seed=1)
 
 
+def test_a_hub_datasets_own_test_split_is_the_exam(monkeypatch):
+    import pandas as pd
+
+    train = pd.DataFrame({"text": ["a fine film", "a dull film", "so so", "unlabelled"], "label": [1, 0, 1, -1]})
+    test = pd.DataFrame({"text": ["a dull film ", "great", "bad", "great"], "label": [0, 1, 0, 1]})
+    monkeypatch.setattr(d, "read_hub", lambda name: (train, test))
+    found = d.load_rows("somebody/imdb")
+    # A row of the test split that is a training row as well, and one that is there twice, are left out.
+    assert [row.text for row in found.held_out] == ["great", "bad"] and len(found.rows) == 3 and found.duplicates_removed == 1
+    assert "its own test split" in found.origin and found.answers == ("Negative", "Positive")
+    train_rows, held_out = d.split(found, 2, 2, seed=1)
+    assert {row.text for row in held_out} == {"great", "bad"} and {row.text for row in train_rows} < {row.text for row in found.rows}
+
+
+def test_a_hub_datasets_numbered_labels_get_their_names():
+    import datasets
+
+    def part(names):
+        features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+        return datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, -1]}, features=features)
+
+    assert d.named_labels(part(["world", "sport"]))["label"].tolist()[:2] == ["world", "sport"]
+    assert d.named_labels(part(["neg", "pos"]))["label"].tolist() == [0, 1, -1]
+
+
 def test_imdb_is_what_the_readme_says():
     found = d.load_rows("imdb")
     assert len(found.rows) + found.duplicates_removed == 25_000

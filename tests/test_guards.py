@@ -142,7 +142,7 @@ def test_b_stays_zero(model):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_loss_not_finite(value):
     g.finite(g.Guards(), 1.0, "loss", 3)
-    with pytest.raises(g.GuardError, match="loss is .* at step 3; lower --learning-rate"):
+    with pytest.raises(g.GuardError, match="loss is .* at step 3; start again with --overwrite and a lower --learning-rate"):
         g.finite(g.Guards(), value, "loss", 3)
 
 

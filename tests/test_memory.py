@@ -98,7 +98,7 @@ def real_step(folder, job: Job) -> dict:
         live = LiveBytes()
         for owner in ([*model.parameters(), *model.buffers(), ids, labels, before],
                       [t for state in optimizer.state.values() for t in state.values()],
-                      [m.dense for m in model.modules() if hasattr(m, "dense")]):
+                      [m.dequantized for m in model.modules() if hasattr(m, "dequantized")]):
             for tensor in owner:
                 live._add(tensor.untyped_storage())
         live.now += bytes_of(lm) - sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in [*lm.parameters(), *lm.buffers()]}.values())

@@ -27,6 +27,8 @@ def test_run_leaves_what_the_readme_names(trained):
     for name in ("adapter_config.json", "adapter_model.safetensors", "qlora.json", "tokenizer.json", "report.json", "report.md", "curves.png", "README.md"):
         assert (trained / name).stat().st_size > 0
     assert (trained / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    # safetensors writes files that nobody else may read
+    assert (trained / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_report_has_the_contracts_keys(trained):
@@ -43,7 +45,7 @@ def test_report_has_the_contracts_keys(trained):
     assert report["data"]["supervised_tokens"] == 2 * report["data"]["train_rows"]
     names = [g["name"] for g in report["guards"]]
     assert all(g["passed"] for g in report["guards"])
-    assert set(names) == {"labels_present", "end_supervised", "starts_as_base", "loss_is_models_own", "nothing_repacked", "all_matrices_learn", "base_unchanged", "reloads_same"}
+    assert set(names) == {"labels_present", "end_supervised", "starts_as_base", "loss_is_models_own", "nothing_repacked", "all_matrices_learn", "finite", "base_unchanged", "reloads_same"}
 
 
 def test_trainable_parameters_by_hand(trained):
@@ -100,6 +102,7 @@ def test_sampling_is_repeatable_by_seed(trained):
 def test_compare_and_base_alone(trained, tiny_folder):
     compared = script(SCRIPTS[2], "--adapter", trained, "--compare", "--max-new-tokens", "3", "A fine film.")
     assert compared.returncode == 0 and "  base" in compared.stdout and f"  {trained.name}" in compared.stdout
+    assert all(f"\n{name}  " in f"\n{compared.stderr}" for name in ("device   ", "dtype    ", "versions "))
     alone = script(SCRIPTS[2], "--adapter", "none", "--model", tiny_folder, "--max-new-tokens", "3", "Hello")
     assert alone.returncode == 0 and alone.stdout, alone.stderr
 
@@ -111,7 +114,7 @@ def test_base_alone_needs_no_model_flag():
 
 
 def test_evaluate_repeats_the_training_runs_score(trained):
-    done = script(SCRIPTS[2], "--adapter", trained, "--evaluate", "--compare", "--eval-samples", "8")
+    done = script(SCRIPTS[2], "--adapter", trained, "--evaluate", "--compare")  # as many rows as training held out
     report = json.loads((trained / "report.json").read_text())["evaluation"]
     assert done.returncode == 0, done.stderr
     base, tuned = done.stdout.splitlines()
@@ -133,6 +136,10 @@ def test_merged_model_is_plain_and_keeps_its_answers(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     drift = {line.split("the ")[1].split()[0]: float(line.split("differ by ")[1].split("%")[0]) for line in done.stderr.splitlines() if line.startswith("merge")}
     assert drift["dequantized"] < 1 < drift["original"]
+    other = script(SCRIPTS[2], "--adapter", trained, "--merge", tmp_path / "other", "--merge-base", "original")
+    assert other.returncode == 0 and f"original weights: logits differ by {drift['original']:.2f}%" in other.stderr and "this one is written" in other.stderr
+    written = (tmp_path / "merged" / "model.safetensors", tmp_path / "other" / "model.safetensors")
+    assert written[0].read_bytes() != written[1].read_bytes() and written[0].stat().st_mode & 0o777 == 0o644
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert merged.dtype in (torch.bfloat16, torch.float16) and not hasattr(merged.config, "quantization_config")
     ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("A film like this", return_tensors="pt").input_ids
@@ -148,6 +155,12 @@ def test_several_adapters_and_the_second_is_another(trained, tiny_folder, tmp_pa
     assert script(SCRIPTS[1], "--model", tiny_folder, "--output-dir", other, *SMALL_RUN, "--lora-r", "4", "--lora-variant", "rslora", "--target-modules", "q_proj,v_proj").returncode == 0
     done = script(SCRIPTS[2], "--adapter", trained, "--adapter", other, "--evaluate", "--eval-samples", "8")
     assert done.returncode == 0 and [line.split()[0] for line in done.stdout.splitlines()] == [trained.name, "other"], done.stderr
+    # Side by side they are what each of them says alone.
+    flags = ("--max-new-tokens", "4", "A fine film.")
+    alone = {folder.name: script(SCRIPTS[2], "--adapter", folder, *flags).stdout.split() for folder in (trained, other)}
+    both = script(SCRIPTS[2], "--adapter", trained, "--adapter", other, "--compare", *flags)
+    said = {line.split()[0]: line.split()[1:] for line in both.stdout.splitlines() if line.startswith("  ")}
+    assert set(said) == {"base", trained.name, "other"} and {name: said[name] for name in alone} == alone, both.stderr
 
 
 def test_chat_on_a_terminal(trained):
@@ -174,6 +187,18 @@ def test_trains_on_every_precision(tiny_folder, tmp_path, precision):
     assert done.returncode == 0, done.stderr
 
 
+def test_trains_an_architecture_of_other_names(tokenizer, tmp_path):
+    # Pythia's layers hold a submodule called `dense`, once taken for a tensor of ours
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=512,
+                           bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    GPTNeoXForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    done = script(SCRIPTS[1], "--model", tmp_path / "model", "--output-dir", tmp_path / "run", *SMALL_RUN)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
 def test_lm_reports_perplexity_before_and_after(tiny_folder, tmp_path):
     done = script(SCRIPTS[1], "--model", tiny_folder, "--output-dir", tmp_path / "run", *SMALL_RUN, "--objective", "lm", "--epochs", "4", "--learning-rate", "0.01")
     assert done.returncode == 0, done.stderr
@@ -191,12 +216,36 @@ def test_own_data_pairs_and_labels(tiny_folder, tmp_path):
     done = script(SCRIPTS[1], "--model", tiny_folder, "--output-dir", tmp_path / "b", *SMALL_RUN, "--dataset", labels)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "b" / "qlora.json").read_text())["prompt"]["answers"] == ["art", "news", "sport"]
+    assert json.loads((tmp_path / "b" / "report.json").read_text())["evaluation"]["base_few_shot"]["rows"] == 8
+
+
+def test_an_adapter_finds_its_base_from_another_folder(tiny_folder, tmp_path):
+    done = script(SCRIPTS[1], "--model", tiny_folder.name, "--output-dir", tmp_path / "run", *SMALL_RUN, cwd=tiny_folder.parent)
+    assert done.returncode == 0, done.stderr
+    asked = script(SCRIPTS[2], "--adapter", tmp_path / "run", "--max-new-tokens", "2", "Fine.", cwd=tmp_path)
+    assert asked.returncode == 0, asked.stderr
+    assert str(tiny_folder) in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_gradient_checkpointing_and_accumulation(tiny_folder, tmp_path):
     done = script(SCRIPTS[1], "--model", tiny_folder, "--output-dir", tmp_path / "run", *SMALL_RUN, "--gradient-checkpointing", "--grad-accum", "2")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "report.json").read_text())["train"]["steps"] == 2
+
+
+def test_accumulated_steps_equal_one_large_batch(tiny_folder, tmp_path):
+    # Texts of different lengths: each token must weigh the same, in whichever step it stands.
+    from safetensors.torch import load_file
+
+    (tmp_path / "rows.csv").write_text("text\n" + "".join(f"{'word ' * n} and {n}\n" for n in (3, 9, 20, 40, 5, 6)))
+    flags = ("--model", tiny_folder, "--dataset", tmp_path / "rows.csv", "--objective", "lm", "--samples", "4", "--eval-samples", "2", "--max-length", "64",
+             "--epochs", "6", "--precision", "fp32")
+    for name, more in (("one", ("--batch-size", "4")), ("two", ("--batch-size", "2", "--grad-accum", "2"))):
+        done = script(SCRIPTS[1], *flags, "--output-dir", tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for name in one:
+        assert (one[name] - two[name]).norm() <= 1e-3 * one[name].norm(), name
 
 
 def test_demo_untrained_adapter_is_the_base(tmp_path):
