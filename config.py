@@ -94,6 +94,9 @@ PACKAGED_DATASETS = {"imdb": "imdb", "rotten_tomatoes": "rotten_tomatoes"}
 NAMED_ADAPTERS = {"lite": ("attention", 32), "full": ("all-linear", 256)}
 
 
+EVAL_SAMPLES = 400  # held-out rows scored where nothing else is said
+
+
 # --- prompts ------------------------------------------------------------------
 
 # Short, because every row pays for these tokens again; benchmarks/recipe.md has what else was tried.
@@ -140,7 +143,6 @@ FREE_PROMPTS = (
     "What should I cook with rice, eggs and peas?",
     "Tell me a short story about a lighthouse keeper.",
 )
-EVAL_SAMPLES = 400  # held-out rows scored where nothing else is said
 FREE_TOKENS = 48  # tokens that each of them is continued by, and that decoding is timed on
 
 
@@ -216,7 +218,7 @@ class InferSettings:
     evaluate: bool = False
     # What --evaluate scores. auto: held-out rows of the dataset that the adapter was trained on.
     dataset: str = "auto"
-    # Held-out rows for --evaluate. Default: as many as training held out, at most 400.
+    # Rows for --evaluate. Default: those that training held out, of other data as many as there are; at most 400.
     eval_samples: Optional[int] = None
     # Write adapter and base as one plain 16-bit model into this folder.
     merge: Optional[Path] = None

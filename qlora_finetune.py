@@ -9,6 +9,7 @@ curves.png and a model card. Then: python qlora_inference.py "your review"
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import time
@@ -17,7 +18,7 @@ from typing import Sequence
 
 from config import LR_SCHEDULER, MAX_GRAD_NORM, NAMED_ADAPTERS, PAD_MULTIPLE, WARMUP_RATIO, WEIGHT_DECAY, TrainSettings
 from qlora.cli import UsageError, note, parse, require, run
-from qlora.runs import begin, claim, is_run, saved_settings
+from qlora.runs import begin, before_scores, claim, saved_settings, set_usual_modes
 
 
 def read_settings(argv: Sequence[str] | None) -> TrainSettings:
@@ -28,7 +29,7 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
     s = settings
     if s.target_modules in NAMED_ADAPTERS:
         modules, r = NAMED_ADAPTERS[s.target_modules]
-        require(s.lora_r in (r, TrainSettings.lora_r), f"--target-modules {s.target_modules} means r {r}, --lora-r says {s.lora_r}: leave one out")
+        require(s.resume or s.lora_r in (r, TrainSettings.lora_r), f"--target-modules {s.target_modules} means r {r}, --lora-r says {s.lora_r}: leave one out")
         s.target_modules, s.lora_r = modules, r
     require(s.samples > 0, f"--samples {s.samples}: at least 1 row is needed to train on")
     require(s.eval_samples > 0, f"--eval-samples {s.eval_samples}: at least 1 row is needed to score")
@@ -54,13 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with claim(settings):
         if settings.resume and (settings.output_dir / "report.json").exists():
             note(f"{settings.output_dir} holds a complete run; nothing to do (--overwrite trains again)")
-            return
-        try:
+        else:
             train_and_report(settings)
-        except KeyboardInterrupt as stop:
-            if str(stop) or not is_run(settings.output_dir):
-                raise
-            raise KeyboardInterrupt(f"stopped; what was measured is kept, go on with: {resume_command(settings)}") from None
 
 
 def train_and_report(settings: TrainSettings) -> None:
@@ -75,13 +71,23 @@ def train_and_report(settings: TrainSettings) -> None:
     prompt, train, held_out_examples = encode(settings, base, train_rows, held_out, found)
     guards = check_data(base, prompt, train)
     begin(settings)
-    before = score_before(settings.output_dir, hardware, base, prompt, train_rows, held_out, held_out_examples)
-    model = add_lora(settings, base)
-    frozen = check_start(guards, settings, hardware, model, train)
-    trainer, measured = fit(settings, base, hardware, model, train, guards, started)
-    save_adapter(settings, base, model, prompt, guards, hardware, train, frozen)
-    evaluation = score_after(hardware, base, model, prompt, held_out, held_out_examples, before)
-    finish(settings, hardware, base, model, found, train, guards, trainer, measured, evaluation, predicted)
+    with resumable(settings):
+        before = score_before(settings.output_dir, hardware, base, prompt, train_rows, held_out, held_out_examples)
+        model = add_lora(settings, base)
+        frozen = check_start(guards, settings, hardware, model, train)
+        trainer, measured = fit(settings, base, hardware, model, train, guards, started)
+        save_adapter(settings, base, model, prompt, guards, hardware, train, frozen)
+        evaluation = score_after(hardware, base, model, prompt, held_out, held_out_examples, before)
+        finish(settings, hardware, base, model, found, train, guards, trainer, measured, evaluation, predicted)
+
+
+@contextlib.contextmanager
+def resumable(settings: TrainSettings):
+    """Ctrl-C says how to go on; fit() has its own words for it."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(str(stop) or f"stopped; what was measured is kept, go on with: {resume_command(settings)}") from None
 
 
 def resume_command(settings: TrainSettings) -> str:
@@ -114,7 +120,8 @@ def choose_rows(settings: TrainSettings):
         raise UsageError(f"--dataset {settings.dataset} holds conversations: leave --objective lm out (loss on the replies)")
     train_rows, held_out = split(found, settings.samples, settings.eval_samples, settings.seed)
     if settings.objective == "sentiment" and found.kind == "labels" and len({row.label for row in train_rows}) < 2:
-        raise UsageError(f"--samples {settings.samples}: the rows drawn have one label only; take at least {len(found.answers)}")
+        missing = f"take at least {len(found.answers)}" if settings.samples < len(found.answers) else "the others are all held out: lower --eval-samples"
+        raise UsageError(f"--samples {settings.samples}: the rows drawn have one label only; {missing}")
     note(f"data       {found.origin}: {len(found.rows)} different rows ({found.duplicates_removed} duplicates removed), "
          f"{len(train_rows)} to train, {len(held_out)} held out")
     return train_rows, held_out, found
@@ -147,7 +154,9 @@ def load(settings: TrainSettings, hardware):
     from qlora.loading import context_length, load_base
     from qlora.lora import refuse_broken_dora, resolve_targets
 
-    base = load_base(settings.model, settings.precision, hardware)
+    # The hub's main branch may have moved on since the run began.
+    revision = before_scores(settings.output_dir).get("revision") if settings.resume else None
+    base = load_base(settings.model, settings.precision, hardware, revision)
     if settings.max_length > context_length(base.model):
         raise UsageError(f"--max-length {settings.max_length}: {settings.model} reads at most {context_length(base.model)} tokens")
     refuse_broken_dora(base.model, settings.lora_variant)
@@ -277,7 +286,7 @@ def fit(settings: TrainSettings, base, hardware, model, train, guards, started: 
         raise KeyboardInterrupt(f"saved at step {trainer.state.global_step}; go on with: {resume_command(settings)}")
     g.all_finite(guards, losses(trainer))
     if not any(r["name"] == "all_matrices_learn" for r in guards.results):
-        note("note       guard 'all_matrices_learn' looks at the third update; this run was shorter")
+        note("note       guard 'all_matrices_learn' looks at a process's third update, which none reached")
     return trainer, measured
 
 
@@ -301,8 +310,8 @@ def save_adapter(settings: TrainSettings, base, model, prompt, guards, hardware,
         save_notes(aside, prompt, base.info, {"name": settings.dataset, "seed": settings.seed, "eval_samples": settings.eval_samples, "samples": settings.samples})
         (aside / "README.md").unlink(missing_ok=True)  # PEFT's blank model card; ours comes with the report
         g.reloads_same(guards, model, aside, g.probe_batch(model, train)["input_ids"], hardware.autocast)
+        set_usual_modes(aside)
         for path in aside.iterdir():
-            path.chmod(0o644)  # safetensors writes 600
             os.replace(path, settings.output_dir / path.name)
     note(f"guards     {len(guards.results)} of {len(guards.results)} held")
 

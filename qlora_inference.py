@@ -37,6 +37,8 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
     require(len(jobs) < 2, f"{' and '.join(jobs)}: one thing at a time")
     if s.prompts is not None:
         require(s.prompts.is_file(), f"--prompts {s.prompts}: no such file")
+    require(bool(jobs) or sys.stdin is not None, "no prompt given: as an argument, with --prompts FILE, or as lines on stdin")
+    require(not (s.merge and s.compare), "--merge and --compare: one thing at a time")
     typed = not jobs and sys.stdin.isatty()
     require(not (typed and s.compare), "--compare: give a prompt, --prompts FILE, lines on stdin, or --evaluate; in a chat, /base asks the base")
     require(len(s.adapter) == 1 or typed or s.compare or s.evaluate, "several --adapter: add --compare to see them side by side (a chat switches them, --evaluate scores each)")
@@ -161,18 +163,17 @@ def generate(settings: InferSettings, model, base, rows: list[list[int]], stream
     return [text.strip() for text in base.tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
 
 
-def side_by_side(settings: InferSettings, adapters, model, base, texts: list[str], rows: list[list[int]]) -> None:
-    """The base's answers to the first adapter's prompts (`rows`) beside those of each adapter to its own."""
+def side_by_side(settings: InferSettings, adapters, model, base, texts: list[str], rows: list[list[list[int]]]) -> None:
+    """The base's answers to the first adapter's prompts beside those of each adapter to its own; `rows`: token ids by adapter."""
     with model.disable_adapter():
-        answers = {"base": generate(settings, model, base, rows)}
-    for adapter in adapters:
+        answers = [("base", generate(settings, model, base, rows[0]))]
+    for adapter, own in zip(adapters, rows):
         model.set_adapter(adapter.peft_name)
-        own = rows if adapter is adapters[0] else [to_ids(settings, adapter, base, text) for text in texts]
-        answers[adapter.name] = generate(settings, model, base, own)
-    width = max(map(len, answers))
+        answers.append((adapter.name, generate(settings, model, base, own)))
+    width = max(len(name) for name, _ in answers)
     for i, text in enumerate(texts):
         print(f"> {text if len(text) <= 100 else text[:97] + '…'}")
-        for name, replies in answers.items():
+        for name, replies in answers:
             print(f"  {name:{width}}  {' '.join(replies[i].split())}", flush=True)
 
 
@@ -180,7 +181,6 @@ def answer(settings: InferSettings, adapters, model, base) -> None:
     """One prompt as it is written, token by token; a file of prompts or the lines of stdin: one line of answer each."""
     from transformers import TextStreamer
 
-    adapter = adapters[0] if adapters else None
     if settings.prompt is not None:
         texts = [settings.prompt]
     elif settings.prompts is not None:
@@ -189,16 +189,17 @@ def answer(settings: InferSettings, adapters, model, base) -> None:
         texts = read_lines("stdin", sys.stdin.buffer.read())
     if not texts:
         raise UsageError("no prompt given: as an argument, with --prompts FILE, or as lines on stdin")
-    rows = [to_ids(settings, adapter, base, text) for text in texts]
+    # All of them before the first is answered: one that is too long is told at once.
+    rows = [[to_ids(settings, adapter, base, text) for text in texts] for adapter in adapters or [None]]
     if settings.prompt is not None and not settings.compare:
-        generate(settings, model, base, rows, TextStreamer(base.tokenizer, skip_prompt=True, skip_special_tokens=True))
+        generate(settings, model, base, rows[0], TextStreamer(base.tokenizer, skip_prompt=True, skip_special_tokens=True))
         return
-    for start in range(0, len(rows), settings.batch_size):
+    for start in range(0, len(texts), settings.batch_size):
         batch = slice(start, start + settings.batch_size)
         if settings.compare:
-            side_by_side(settings, adapters, model, base, texts[batch], rows[batch])
+            side_by_side(settings, adapters, model, base, texts[batch], [own[batch] for own in rows])
         else:
-            for reply in generate(settings, model, base, rows[batch]):
+            for reply in generate(settings, model, base, rows[0][batch]):
                 print(" ".join(reply.split()), flush=True)  # one line per prompt, so that the two files pair up
 
 
@@ -267,9 +268,10 @@ def evaluate(settings: InferSettings, adapters, model, base, hardware) -> None:
         if found.kind != "labels" or found.answers != prompt.answers:
             raise UsageError(f"--dataset {name}: answers {', '.join(found.answers) or 'none'}, but the adapter answers {', '.join(prompt.answers)}")
         # Held-out rows are drawn first, so more of them than the training run held out would be its training rows.
-        held_out = trained.get("eval_samples") if same_data(name, trained["name"]) and not found.held_out else None
-        count = settings.eval_samples or min(held_out or EVAL_SAMPLES, EVAL_SAMPLES)
-        if held_out and count > held_out:
+        own = same_data(name, trained["name"])
+        held_out = trained.get("eval_samples", EVAL_SAMPLES) if own else len(found.held_out) or len(found.rows) - 1
+        count = settings.eval_samples or min(held_out, EVAL_SAMPLES)
+        if adapter and own and not found.held_out and count > held_out:
             raise UsageError(f"--eval-samples {count}: {adapter.name} held out {held_out} rows of {name}; the next ones were trained on")
         _, rows = split(found, 1, count, trained["seed"])
         note(f"data       {found.origin}: {len(rows)} held-out rows")

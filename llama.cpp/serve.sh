@@ -121,7 +121,7 @@ args=(
 [ ${#loras[@]} = 0 ] || args+=(--no-cache-prompt)
 
 report() { # what to do with the server that is ready
-  local question='Dull, badly acted and far too long. I want my two hours back.\n\nIs this review positive or negative?'
+  local system="You judge movie reviews." question='Dull, badly acted and far too long. I want my two hours back.\n\nIs this review positive or negative?'
   local url="http://127.0.0.1:$port" key lora="" what="API alone; llama.cpp/build.sh --ui adds the web page" i
   key="$(printf %q "$key_file")"
   ! grep -q "with the web page" "$here/build/proved" 2>/dev/null || what="API and web page"
@@ -132,9 +132,9 @@ report() { # what to do with the server that is ready
   done
   echo "address    $url ($what; reached from this machine alone, --help says how to open it)"
   echo "key        $key_file${made_key:-}"
-  echo "try        curl $url/v1/chat/completions -H \"Authorization: Bearer \$(cat $key)\" -d '{\"temperature\":0,\"messages\":[{\"role\":\"user\",\"content\":\"$question\"}]$lora}'"
+  echo "try        curl $url/v1/chat/completions -H \"Authorization: Bearer \$(cat $key)\" -d '{\"temperature\":0,\"messages\":[{\"role\":\"system\",\"content\":\"$system\"},{\"role\":\"user\",\"content\":\"$question\"}]$lora}'"
   echo "python     client = openai.OpenAI(base_url=\"$url/v1\", api_key=open(\"$key_file\").read().strip())"
-  echo "           client.chat.completions.create(model=\"any\", temperature=0, messages=[{\"role\": \"user\", \"content\": \"$question\"}]${lora:+, extra_body={\"lora\": [{\"id\": 0, \"scale\": 1.0\}]\}})"
+  echo "           client.chat.completions.create(model=\"any\", temperature=0, messages=[{\"role\": \"system\", \"content\": \"$system\"}, {\"role\": \"user\", \"content\": \"$question\"}]${lora:+, extra_body={\"lora\": [{\"id\": 0, \"scale\": 1.0\}]\}})"
   echo "stop       Ctrl-C, or: kill $$"
 }
 

@@ -66,8 +66,8 @@ def read_adapter(folder: Path) -> Adapter:
     except (KeyError, TypeError):
         raise UserError(f"--adapter {folder}: {NOTES} lacks what this version writes; train again") from None
     # A file or folder was perhaps named from another folder; its whole path is known.
-    here = base.public_name if Path(base.public_name).is_absolute() and Path(base.public_name).exists() else base.name
-    return Adapter(folder, here, prompt, base, notes.get("dataset", {}))
+    local = base.name.lower().endswith(".gguf") or Path(base.public_name).is_absolute() and Path(base.public_name).is_dir()
+    return Adapter(folder, base.public_name if local else base.name, prompt, base, notes.get("dataset", {}))
 
 
 def check_weights(path: Path) -> None:

@@ -18,7 +18,7 @@ from qlora.cli import UserError, note
 from qlora.data import Row, evenly
 from qlora.hardware import Hardware
 from qlora.loading import Base, context_length
-from qlora.runs import write_json
+from qlora.runs import BEFORE, before_scores, write_json
 
 
 @contextlib.contextmanager
@@ -40,16 +40,15 @@ def score_before(out: Path, hardware: Hardware, base: Base, prompt: p.PromptForm
 
     `examples` are the encoded held-out rows (for perplexity, where there are no labels).
     """
-    kept = out / "before.json"
-    before = json.loads(kept.read_text()) if kept.exists() else {}
+    before = before_scores(out)
     asked = fingerprint(prompt, base, train_rows, held_out)
     if before.get("asked", asked) != asked:
         raise UserError(f"{out}: dataset, prompt or base model have changed since this run began; start again with --overwrite")
-    before["asked"] = asked
+    before |= {"asked": asked, "revision": base.info.revision}
 
     def keep(**part):
         before.update(part)
-        write_json(kept, before)
+        write_json(out / BEFORE, before)
 
     if prompt.objective != "sentiment":
         if "perplexity" not in before:
@@ -70,7 +69,8 @@ def score_before(out: Path, hardware: Hardware, base: Base, prompt: p.PromptForm
         if longest > context_length(base.model):
             note(f"note       no score with {len(shots)} examples: {longest} tokens are more than the {context_length(base.model)} that the model reads")
         else:
-            keep(base_few_shot=scored(label_scores(hardware, base, base.model, prompt, held_out, f"base, {len(shots)} examples", shots)))
+            scores = label_scores(hardware, base, base.model, prompt, held_out, f"base, {len(shots)} examples", shots)
+            keep(base_few_shot={**scored(scores), "examples": len(shots)})
     if "bag_of_words" not in before:
         keep(bag_of_words=e.accuracy_report(e.bag_of_words(train_rows, held_out), truth, prompt.answers))
     return before

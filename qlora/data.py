@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from config import PACKAGED_DATASETS, PACKAGED_REVIEWS, SENTIMENT_ANSWERS
-from qlora.cli import UsageError
+from qlora.cli import UsageError, note
 from qlora.fetch import fetch
 from qlora.prompts import IGNORE, clean
 
@@ -152,7 +152,7 @@ def to_rows(table: pd.DataFrame, shape: tuple[str, ...], names: list) -> list[Ro
     if shape == ("text",):
         return [Row(str(t)) for t in table["text"] if clean(str(t))]
     if shape == ("messages",):
-        talks = [conversation(talk) for talk in table["messages"]]
+        talks = conversations(table["messages"])
     else:
         extra = table["input"].fillna("") if "input" in table and shape[0] == "instruction" else [""] * len(table)
         talks = [
@@ -162,18 +162,28 @@ def to_rows(table: pd.DataFrame, shape: tuple[str, ...], names: list) -> list[Ro
     return [Row(json.dumps(talk), messages=tuple(talk)) for talk in talks if any(m["role"] == "assistant" for m in talk)]
 
 
-def conversation(talk) -> list[dict]:
-    """[{role, content}] of a row of the column messages; raises UsageError where it is none that can be trained on."""
-    try:
-        messages = [{"role": m["role"], "content": m["content"]} for m in talk]
-    except (TypeError, KeyError, IndexError):
-        raise UsageError(f"--dataset: each row of the column messages must be a list of {{role, content}}; found {str(talk)[:80]}") from None
-    if not all(isinstance(m["content"], str) and m["role"] in ("system", "user", "assistant") for m in messages):
-        raise UsageError(f"--dataset: messages need a text as content and system, user or assistant as role; found {str(messages)[:120]}")
-    roles = [m["role"] for m in messages]
-    if "assistant" in roles and "user" not in roles[: roles.index("assistant")]:
-        raise UsageError(f"--dataset: a conversation must begin with the user, before the first reply; found {str(messages)[:120]}")
-    return messages
+def conversations(column) -> list[list[dict]]:
+    """[[{role, content}, ...], ...]; what can't be trained on is left out aloud, and refused where nothing else is there."""
+    talks, wrong = [], []
+    for talk in column:
+        try:
+            messages = [{"role": m["role"], "content": m["content"]} for m in talk]
+            roles = [m["role"] for m in messages]
+            texts = all(isinstance(m["content"], str) for m in messages)
+        except (TypeError, KeyError, IndexError):
+            wrong.append(f"is no list of {{role, content}}: {str(talk)[:80]}")
+            continue
+        if not texts:
+            wrong.append(f"has a content that is no text: {str(messages)[:120]}")
+        elif "assistant" in roles and "user" not in roles[: roles.index("assistant")]:
+            wrong.append(f"has a reply before the user's first message: {str(messages)[:120]}")
+        else:
+            talks.append(messages)
+    if wrong and not talks:
+        raise UsageError(f"--dataset: no row of the column messages can be trained on; the first {wrong[0]}")
+    if wrong:
+        note(f"note       {len(wrong)} of {len(wrong) + len(talks)} conversations left out; the first {wrong[0]}")
+    return talks
 
 
 def without_duplicates(rows: list[Row]) -> tuple[list[Row], int]:

@@ -175,7 +175,7 @@ def finite(guards: Guards, value: float, what: str, step: int) -> None:
 
 def all_finite(guards: Guards, history: list[dict]) -> None:
     """The record of a run in which `finite` never fired."""
-    guards.check("finite", True, f"loss and gradient norm of {len(history)} steps", "")
+    guards.check("finite", True, f"the loss of {len(history)} steps", "")
 
 
 def reloads_same(guards: Guards, model, folder: Path, input_ids, autocast) -> None:

@@ -24,6 +24,7 @@ from qlora.cli import UsageError, UserError, note
 from qlora.fetch import fetch, sha256_of
 from qlora.hardware import Hardware
 from qlora.hub import snapshot
+from qlora.runs import set_usual_modes
 
 # Said on each load: a CPU kernel could be fetched from the hub (not wanted, see never_repack). At each product: LLM.int8
 # computes in fp16. By torchao, where it is installed: its CUDA extensions do not load on a CPU, it registers an Enum twice.
@@ -185,7 +186,7 @@ def unpack_gguf(gguf: Path, digest: str) -> Path:
     try:
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-        open_to_all(staged)
+        set_usual_modes(staged)
         os.rename(staged, folder)
     except OSError:
         if not folder.is_dir():  # else another run was first
@@ -193,13 +194,6 @@ def unpack_gguf(gguf: Path, digest: str) -> Path:
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return folder
-
-
-def open_to_all(staged: Path) -> None:
-    """mkdtemp's mode 700 and safetensors' 600 would shut out the other users of a shared checkout."""
-    staged.chmod(0o755)
-    for path in staged.iterdir():
-        path.chmod(0o644)
 
 
 def restore_word_rule(tokenizer, gguf: Path) -> None:

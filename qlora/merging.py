@@ -14,8 +14,9 @@ from qlora.adapters import Adapter
 from qlora.cli import UsageError, UserError, note
 from qlora.guards import last_logits
 from qlora.hardware import Hardware
-from qlora.loading import DTYPES, Base, load_base, open_to_all
+from qlora.loading import DTYPES, Base, load_base
 from qlora.prompts import render, sentiment_prompt
+from qlora.runs import set_usual_modes
 from qlora.weights import dequantized
 
 
@@ -54,7 +55,7 @@ def merge_into(out: Path, which: str, adapter: Adapter, model, base: Base, hardw
     try:
         merged.save_pretrained(staged)
         base.tokenizer.save_pretrained(staged)
-        open_to_all(staged)
+        set_usual_modes(staged)
         if out.exists():
             out.rmdir()
         os.rename(staged, out)

@@ -84,7 +84,7 @@ def sentiment_messages(prompt: PromptFormat, text: str, examples: Sequence[tuple
     """[system, (user, assistant)* of the examples, user]"""
     messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
     for example, label in examples:
-        messages.append({"role": "user", "content": prompt.user.format(text=clean(example))})
+        messages.append({"role": "user", "content": prompt.user.replace("{text}", clean(example))})
         messages.append({"role": "assistant", "content": prompt.answers[label]})
     return [*messages, {"role": "user", "content": prompt.user.replace("{text}", clean(text))}]
 

@@ -12,7 +12,7 @@ from qlora.runs import write_json
 
 COLUMNS = {
     "base_zero_shot": "base, zero-shot",
-    "base_few_shot": "base, 4 examples",
+    "base_few_shot": "base, {examples} examples",
     "bag_of_words": "bag of words",
     "tuned": "tuned (this adapter)",
 }
@@ -25,7 +25,7 @@ def percent(value: float) -> str:
 def accuracy_table(evaluation: dict) -> list[tuple[str, str, str]]:
     """[(who, accuracy, 95% interval)] in the order of COLUMNS."""
     return [
-        (title, percent(r["accuracy"]), f"{percent(r['low'])} to {percent(r['high'])}")
+        (title.format(**r), percent(r["accuracy"]), f"{percent(r['low'])} to {percent(r['high'])}")
         for key, title in COLUMNS.items()
         if (r := evaluation.get(key))
     ]
@@ -174,7 +174,7 @@ def model_card(report: dict, text: str) -> str:
 
 
 def loading_snippet(base: dict) -> list[str]:
-    """Python that loads the base as it was trained on."""
+    """Python that loads the base at the precision that it was trained at."""
     options = [f"dtype=torch.{base['dtype']}"]
     if base["precision"] in ("nf4", "fp4"):
         options.append(f'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{base["precision"]}", '
@@ -183,7 +183,13 @@ def loading_snippet(base: dict) -> list[str]:
         options.append("quantization_config=BitsAndBytesConfig(load_in_8bit=True)")
     if base["revision"] and not base["revision"].startswith("gguf"):
         options.append(f'revision="{base["revision"]}"')
-    return [f'base = AutoModelForCausalLM.from_pretrained("{base["public_name"]}", {", ".join(options)})']
+    source, lines = base["public_name"], []
+    if source.endswith(".gguf"):
+        options.append(f'gguf_file="{Path(source).name}"')
+        source = Path(source).parent
+    elif base["revision"].startswith("gguf"):
+        lines = ["# This run's base was read from a GGUF file of this model: its weights are near the hub's, not the same."]
+    return [*lines, f'base = AutoModelForCausalLM.from_pretrained("{source}", {", ".join(options)})']
 
 
 def draw_curves(path: Path, history: list[dict], report: dict) -> None:

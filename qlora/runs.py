@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,9 +13,9 @@ from filelock import FileLock, Timeout
 
 from qlora.cli import UsageError, UserError
 
-SETTINGS = "settings.json"
+SETTINGS, BEFORE = "settings.json", "before.json"
 # All that a run writes besides its settings; --overwrite deletes these and nothing else.
-WRITTEN = ("report.json", "before.json", "adapter_config.json", "adapter_model.safetensors", "qlora.json", "report.md",
+WRITTEN = ("report.json", BEFORE, "adapter_config.json", "adapter_model.safetensors", "qlora.json", "report.md",
            "curves.png", "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
            "vocab.json", "merges.txt", "added_tokens.json")
 NOT_COMPARED = ("resume", "overwrite", "output_dir")
@@ -84,6 +85,21 @@ def begin(settings) -> None:
     if settings.overwrite:
         clear(settings.output_dir)
     write_json(settings.output_dir / SETTINGS, _as_json(settings))
+
+
+def before_scores(out: Path) -> dict:
+    """What score_before() kept in before.json so far."""
+    kept = out / BEFORE
+    return json.loads(kept.read_text()) if kept.exists() else {}
+
+
+def set_usual_modes(folder: Path) -> None:
+    """The modes that new files have: mkdtemp's 700 and safetensors' 600 would shut out the other users of a shared checkout."""
+    umask = os.umask(0)
+    os.umask(umask)
+    with contextlib.suppress(PermissionError):  # file systems without modes
+        for path in (folder, *folder.rglob("*")):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def is_run(out: Path) -> bool:

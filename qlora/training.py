@@ -148,11 +148,11 @@ def last_complete(out: Path) -> Path | None:
     for folder in checkpoints(out):
         try:
             hashes = json.loads((folder / MANIFEST).read_text())
-            if hashes and all(sha256_of(folder / name) == digest for name, digest in hashes.items()):
+            if MEASURED in hashes and all(sha256_of(folder / name) == digest for name, digest in hashes.items()):
                 return folder
         except (OSError, ValueError):
             pass
-        note(f"{folder} is incomplete or damaged: passed over")
+        note(f"{folder} is incomplete, damaged or of an older version: passed over")
     return None
 
 

@@ -154,9 +154,8 @@ def test_an_error_is_one_line_whatever_it_quotes(capsys):
     ("rows.xlsx", b"PK", r"expected a .csv, .jsonl or .parquet file, found '.xlsx'"),
     ("turns.jsonl", b'{"messages": "hello"}\n', "messages"),
     ("turns.jsonl", b'{"messages": [{"from": "human", "value": "hello"}]}\n', "messages"),
-    ("turns.jsonl", b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": null}]}\n', "need a text as content"),
-    ("turns.jsonl", b'{"messages": [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "hello"}]}\n', "must begin with the user"),
-    ("turns.jsonl", b'{"messages": [{"role": "bot", "content": "hi"}]}\n', "as role"),
+    ("turns.jsonl", b'{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": null}]}\n', "a content that is no text"),
+    ("turns.jsonl", b'{"messages": [{"role": "assistant", "content": "hi"}, {"role": "user", "content": "hello"}]}\n', "a reply before the user's first message"),
     ("labels.jsonl", b'{"text": "a", "label": [1]}\n{"text": "b", "label": [2]}\n', "labels must be numbers or words"),
 ])
 def test_datasets(tmp_path, name, content, match):
@@ -171,6 +170,8 @@ def test_more_rows_than_there_are(tmp_path, csv):
     train(*flags, "--samples", 41, "--eval-samples", 8, match="--samples 41: 32 different rows")
     train(*flags, "--samples", 4, "--eval-samples", 80, match="--eval-samples 80: the dataset has 40")
     train(*flags, "--samples", 1, "--eval-samples", 8, match="--samples 1: the rows drawn have one label only; take at least 2")
+    write_csv(csv.with_name("rare.csv"), 40, (0,) * 10 + (1,))  # 3 of 40
+    train("--dataset", csv.with_name("rare.csv"), *flags[2:], "--samples", 8, "--eval-samples", 8, match="one label only; .* lower --eval-samples")
 
 
 # --- models ---
@@ -252,6 +253,10 @@ def test_lines_that_are_no_text(tiny_folder):
 @pytest.mark.parametrize("harm, match", [("cut", "damaged or cut short"), ("config", "config.json|can't be loaded"), ("narrow", "is 96 wide, not a multiple of 64")])
 def test_models_that_the_demo_refuses(tmp_path, tiny_folder, tokenizer, harm, match):
     import quant_llama32_4bit_lora as demo
+    import torch
+
+    if harm == "narrow" and torch.cuda.is_available():
+        pytest.skip("a GPU reads such layers back right")
 
     if harm == "narrow":
         folder = make_tiny(tmp_path / "model", tokenizer, hidden_size=96)
@@ -439,6 +444,8 @@ def test_resume_notices_other_rows(tmp_path, tiny_folder):
     out, data = tmp_path / "out", write_csv(tmp_path / "data.csv", 40)
     flags = small_run(tiny_folder, data, out)
     assert script("qlora_finetune.py", *flags).returncode == 0
+    (out / "report.json").unlink()
+    assert script("qlora_finetune.py", "--output-dir", out, "--resume").returncode == 0
     (out / "report.json").unlink()
     write_csv(data, 40, (1, 0))
     train("--output-dir", out, "--resume", match="have changed since this run began; start again with --overwrite", code=1)

@@ -28,7 +28,7 @@ def test_run_leaves_what_the_readme_names(trained):
         assert (trained / name).stat().st_size > 0
     assert (trained / "curves.png").read_bytes()[:4] == b"\x89PNG"
     # safetensors writes files that nobody else may read
-    assert (trained / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
+    assert (trained / "adapter_model.safetensors").stat().st_mode == (trained / "report.json").stat().st_mode
 
 
 def test_report_has_the_contracts_keys(trained):
@@ -139,7 +139,7 @@ def test_merged_model_is_plain_and_keeps_its_answers(trained, tmp_path):
     other = script(SCRIPTS[2], "--adapter", trained, "--merge", tmp_path / "other", "--merge-base", "original")
     assert other.returncode == 0 and f"original weights: logits differ by {drift['original']:.2f}%" in other.stderr and "this one is written" in other.stderr
     written = (tmp_path / "merged" / "model.safetensors", tmp_path / "other" / "model.safetensors")
-    assert written[0].read_bytes() != written[1].read_bytes() and written[0].stat().st_mode & 0o777 == 0o644
+    assert written[0].read_bytes() != written[1].read_bytes() and written[0].stat().st_mode == (tmp_path / "merged" / "config.json").stat().st_mode
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert merged.dtype in (torch.bfloat16, torch.float16) and not hasattr(merged.config, "quantization_config")
     ids = AutoTokenizer.from_pretrained(tmp_path / "merged")("A film like this", return_tensors="pt").input_ids
@@ -212,10 +212,10 @@ def test_own_data_pairs_and_labels(tiny_folder, tmp_path):
     done = script(SCRIPTS[1], "--model", tiny_folder, "--output-dir", tmp_path / "a", *SMALL_RUN, "--dataset", pairs)
     assert done.returncode == 0 and "perplexity" in done.stdout, done.stderr
     labels = tmp_path / "labels.csv"
-    pd.DataFrame([{"text": f"about {i}", "label": ("art", "news", "sport")[i % 3]} for i in range(30)]).to_csv(labels, index=False)
+    pd.DataFrame([{"text": f"about {i}", "label": ("art", "{news}", "sport")[i % 3]} for i in range(30)]).to_csv(labels, index=False)
     done = script(SCRIPTS[1], "--model", tiny_folder, "--output-dir", tmp_path / "b", *SMALL_RUN, "--dataset", labels)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "b" / "qlora.json").read_text())["prompt"]["answers"] == ["art", "news", "sport"]
+    assert json.loads((tmp_path / "b" / "qlora.json").read_text())["prompt"]["answers"] == ["art", "sport", "{news}"]
     assert json.loads((tmp_path / "b" / "report.json").read_text())["evaluation"]["base_few_shot"]["rows"] == 8
 
 

@@ -18,7 +18,8 @@ WEIGHTS = "adapter_model.safetensors"
 
 def start(out, tiny_folder, *flags):
     command = [sys.executable, str(ROOT / "qlora_finetune.py"), "--model", str(tiny_folder), "--output-dir", str(out), *map(str, flags)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    hears = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731  (a shell's background jobs ignore Ctrl-C)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=hears)
 
 
 def wait_for(path, process, seconds=120):
@@ -90,7 +91,19 @@ def test_ctrl_c_while_scoring_says_how_to_resume_too(tiny_folder, tmp_path, mome
         seen += process.stderr.read(1)
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)
-    assert process.returncode == 130 and f"--output-dir {out} --resume" in rest and "Traceback" not in rest
+    assert process.returncode == 130 and f"--output-dir {out} --resume" in rest and "Traceback" not in rest, seen + rest
+
+
+def test_ctrl_c_before_an_earlier_run_is_overwritten_names_no_resume(uninterrupted, tiny_folder, tmp_path):
+    # --resume would go on with the earlier run, and its settings
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    process = start(out, tiny_folder, *LONG_RUN, "--overwrite")
+    seen = ""
+    while "device" not in seen and process.poll() is None:
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" not in rest and (out / "report.json").exists(), seen + rest
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(uninterrupted, tiny_folder, tmp_path):
@@ -117,7 +130,7 @@ def test_resume_of_a_complete_run_changes_nothing(uninterrupted):
     assert other.returncode == 2 and "--epochs 1.0 -> 3.0" in other.stderr
 
 
-@pytest.mark.parametrize("harm", ["truncate", "delete optimizer", "no manifest"])
+@pytest.mark.parametrize("harm", ["truncate", "delete optimizer", "no manifest", "older version"])
 def test_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, harm, capsys):
     # transformers#35782: the newest number wins without a check; a missing optimizer is resumed with a fresh one
     out = tmp_path / "copy"
@@ -126,6 +139,10 @@ def test_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, harm, capsys
     if harm == "truncate":
         with open(newest / WEIGHTS, "r+b") as file:
             file.truncate(100)
+    elif harm == "older version":  # without the record of what it took, the report would be of the last part only
+        manifest = json.loads((newest / t.MANIFEST).read_text())
+        del manifest[t.MEASURED]
+        (newest / t.MANIFEST).write_text(json.dumps(manifest))
     else:
         os.unlink(newest / ("optimizer.pt" if harm == "delete optimizer" else t.MANIFEST))
     assert t.last_complete(out) == older
