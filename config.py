@@ -34,8 +34,8 @@ MODELS = {
     "opt-350m": "facebook/opt-350m",
 }
 
-# Below this much GPU memory the 1B is taken; to be set by measurement once a GPU has been at hand (benchmarks/gpu_shapes.py).
-GPU_GIB_FOR_3B = 10.0
+# --model auto on a GPU: the first one that a training step fits with, by the plan.
+GPU_DEFAULTS = ("llama-3.2-3b", "llama-3.2-1b")
 
 
 # --- files from the package index ---------------------------------------------

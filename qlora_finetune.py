@@ -96,14 +96,15 @@ def resume_command(settings: TrainSettings) -> str:
 
 def show_hardware(settings: TrainSettings):
     from qlora.hardware import detect, show
-    from qlora.loading import NAMES, default_model
+    from qlora.loading import NAMES
+    from qlora.plan import default_model, training_job
 
     if settings.precision == "auto":
         settings.precision = "nf4" if not settings.model.lower().endswith(".gguf") else NAMES[detect().dtype]
     hardware = detect(settings.precision)
     show(hardware)
     if settings.model == "auto":
-        settings.model, why = default_model(hardware)
+        settings.model, why = default_model(hardware, training_job(settings, hardware, every_token=settings.objective == "lm"))
         note(f"model      {settings.model} (default: {why}), {settings.precision}")
     else:
         note(f"model      {settings.model} (given), {settings.precision}")

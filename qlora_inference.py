@@ -86,7 +86,8 @@ def load(settings: InferSettings, adapters):
     from qlora.adapters import check_base
     from qlora.fast import speed_up_base, speed_up_lora
     from qlora.hardware import detect, show
-    from qlora.loading import default_model, first_line, load_base
+    from qlora.loading import first_line, load_base
+    from qlora.plan import default_model
 
     trained = adapters[0].base if adapters else None
     precision = settings.precision if settings.precision != "auto" else trained.precision if trained else "nf4"

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def choose(settings: DemoSettings):
     from qlora.hardware import detect, show
-    from qlora.loading import default_model
+    from qlora.plan import default_model
 
     hardware = detect(settings.precision)
     show(hardware)

@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from config import BUNDLED, GPU_GIB_FOR_3B, MODELS, MODELS_DIR, PACKAGED_MODEL
+from config import BUNDLED, MODELS, MODELS_DIR, PACKAGED_MODEL
 from qlora.cli import UsageError, UserError, note
 from qlora.fetch import fetch, sha256_of
 from qlora.hardware import Hardware
@@ -59,15 +59,6 @@ class Base:
     model: torch.nn.Module
     tokenizer: transformers.PreTrainedTokenizerBase
     info: BaseInfo
-
-
-def default_model(hardware: Hardware) -> tuple[str, str]:
-    """(preset, reason) for --model auto."""
-    if hardware.device == "cpu":
-        return BUNDLED, "no CUDA device"
-    if hardware.memory_gib >= GPU_GIB_FOR_3B:
-        return "llama-3.2-3b", f"{hardware.memory_gib:.0f} GiB of GPU memory"
-    return "llama-3.2-1b", f"{hardware.memory_gib:.0f} GiB of GPU memory, under the {GPU_GIB_FOR_3B:.0f} that 3B wants"
 
 
 def quantization_config(precision: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:

@@ -7,8 +7,9 @@ import math
 
 import torch
 
-from config import PAD_MULTIPLE
+from config import BUNDLED, GPU_DEFAULTS, PAD_MULTIPLE
 from qlora.hardware import Hardware
+from qlora.ledger import model_config
 from qlora.memory import CUBLAS_WORKSPACE, Job, predict, predict_inference, predict_merge, predict_training, planned_model, weights_bytes
 
 # What the driver reports (MiB, nvidia-smi) and the compute capability: bf16 from 8.0, a larger cuBLAS workspace from 9.0.
@@ -54,6 +55,19 @@ def training_job(settings, hardware: Hardware, every_token: bool = False) -> Job
     hopper = hardware.device == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
     return Job(s.precision, hardware.device, hardware.dtype, s.batch_size, s.max_length, s.lora_r, s.lora_dropout, s.target_modules,
                s.lora_variant, s.gradient_checkpointing, every_token, hopper)
+
+
+def default_model(hardware: Hardware, job: Job | None = None) -> tuple[str, str]:
+    """(preset, reason) for --model auto: on a GPU the largest of GPU_DEFAULTS that `job` (a default training step if not given) fits with."""
+    if hardware.device == "cpu":
+        return BUNDLED, "no CUDA device"
+    job = dataclasses.replace(job or Job(dtype=hardware.dtype), device="cuda", lora_variant="lora")  # DoRA adds a vector a layer, and can't always be planned
+    usable = capacity(hardware)
+    for preset in GPU_DEFAULTS:
+        peak = predict(predict_training, model_config(preset)[0], job)["peak"]
+        if peak <= usable:
+            return preset, f"a training step takes {gb(peak)} of {gb(usable)} GB"
+    return preset, f"the smallest, though a training step takes {gb(peak)} of {gb(usable)} GB"
 
 
 def make_plan(config, job: Job, hardware: Hardware) -> dict:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qlora import hardware
-from qlora.loading import default_model
+from qlora.memory import Job
+from qlora.plan import default_model
 
 
 def card(monkeypatch, major: int, minor: int, gib: float) -> None:
@@ -29,10 +30,13 @@ def test_a_precision_asked_for_is_also_computed_in(monkeypatch):
     assert hardware.detect("int8").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("gib, model", [(8, "llama-3.2-1b"), (15, "llama-3.2-3b"), (80, "llama-3.2-3b")])
+@pytest.mark.parametrize("gib, model", [(2, "llama-3.2-1b"), (6, "llama-3.2-1b"), (8, "llama-3.2-3b"), (80, "llama-3.2-3b")])
 def test_model_by_memory(monkeypatch, gib, model):
     card(monkeypatch, 8, 6, gib)
-    assert default_model(hardware.detect())[0] == model
+    found = hardware.detect()
+    chosen, why = default_model(found)
+    assert chosen == model and why.startswith("the smallest, though") == (gib == 2)
+    assert default_model(found, Job(length=4096))[0] == ("llama-3.2-3b" if gib == 80 else "llama-3.2-1b")
 
 
 @pytest.mark.parametrize("amx, avx512_bf16, dtype", [(True, True, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)])

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, SMALL_RUN, script
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REFUSED = {  # by owner; (status, X-Error-Code, X-Error-Message)
@@ -28,6 +28,7 @@ class Hub(BaseHTTPRequestHandler):
     """The three calls that snapshot_download makes: what is the commit, which files are there, give me one."""
 
     folder = None
+    commit = COMMIT  # of the main branch
     asked: list[str] = []
 
     def do_GET(self):
@@ -41,9 +42,10 @@ class Hub(BaseHTTPRequestHandler):
             files = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": digest(p)} for p in self.folder.iterdir()]
             return self.reply(200, json.dumps(files).encode())
         if path.startswith("api/models/"):
-            return self.reply(200, json.dumps({"id": "/".join(parts[:2]), "sha": COMMIT, "siblings": []}).encode())
+            return self.reply(200, json.dumps({"id": "/".join(parts[:2]), "sha": self.commit if parts[-1] == "main" or "revision" not in parts else parts[-1], "siblings": []}).encode())
         if "resolve" in parts and (file := self.folder / parts[-1]).is_file():
-            return self.reply(200, file.read_bytes(), {"ETag": f'"{digest(file)}"', "X-Repo-Commit": COMMIT})
+            asked = parts[parts.index("resolve") + 1]
+            return self.reply(200, file.read_bytes(), {"ETag": f'"{digest(file)}"', "X-Repo-Commit": self.commit if asked == "main" else asked})
         self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound"})
 
     do_HEAD = do_GET
@@ -152,3 +154,15 @@ def test_a_snapshot_loads_and_leaves_the_pickle(hub, unreachable):
     # The second time it comes from the cache, with no hub at all.
     cached = snapshot_of({**unreachable, "HF_HOME": hub["HF_HOME"]}, "tests/tiny")
     assert cached.returncode == 0 and cached.stdout.strip().endswith(COMMIT), cached.stderr
+
+
+def test_a_resumed_run_stays_at_the_commit_that_it_began_with(hub, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    done = script("qlora_finetune.py", "--model", "tests/tiny", "--output-dir", out, *SMALL_RUN, "--max-steps", 2, env=hub)
+    assert done.returncode == 0, done.stderr
+    for lost in ("report.json", "qlora.json"):  # as if killed before they were written
+        (out / lost).unlink()
+    monkeypatch.setattr(Hub, "commit", "f" * 40)  # meanwhile, somebody pushed
+    done = script("qlora_finetune.py", "--output-dir", out, "--resume", env=hub)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "qlora.json").read_text())["base"]["revision"] == COMMIT
