@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
-from tyro.conf import Positional, UseAppendAction
+try:
+    from tyro.conf import Positional, UseAppendAction
+except ModuleNotFoundError:  # every script imports this file first
+    raise SystemExit("error: this Python has not the packages that are needed: `make setup`, then `. .venv/bin/activate`") from None
 
 ROOT = Path(__file__).resolve().parent
 MODELS_DIR = ROOT / "models"
@@ -151,7 +154,7 @@ class TrainSettings:
     # Preset, hub id, local folder or .gguf file. auto: Llama 3.2 on a GPU, the bundled SmolLM2-135M otherwise.
     model: str = "auto"
     # How the frozen base is held: nf4 is QLoRA; int8 and the 16/32-bit types train plain LoRA. auto: nf4; for a .gguf file
-    # its own values (rounded to bf16), so that what is deployed is what was trained.
+    # its own values (in the dtype of this hardware's products), so that what is deployed is what was trained.
     precision: Literal["auto", "nf4", "fp4", "int8", "bf16", "fp16", "fp32"] = "auto"
     # imdb, rotten_tomatoes, a hub id, or a .csv/.jsonl/.parquet file (columns: text+label, prompt+completion,
     # instruction+response, messages, or text alone).

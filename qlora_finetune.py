@@ -23,13 +23,13 @@ from qlora.runs import begin, before_scores, claim, saved_settings, set_usual_mo
 
 def read_settings(argv: Sequence[str] | None) -> TrainSettings:
     """Flags -> checked settings; with --resume, the earlier run's settings are the defaults."""
-    settings = parse(TrainSettings, argv, __doc__)
+    settings, earlier = parse(TrainSettings, argv, __doc__), None
     if settings.resume and (earlier := saved_settings(settings.output_dir, TrainSettings)):
         settings = parse(TrainSettings, argv, __doc__, default=earlier)
     s = settings
     if s.target_modules in NAMED_ADAPTERS:
         modules, r = NAMED_ADAPTERS[s.target_modules]
-        require(s.resume or s.lora_r in (r, TrainSettings.lora_r), f"--target-modules {s.target_modules} means r {r}, --lora-r says {s.lora_r}: leave one out")
+        require(earlier or s.lora_r in (r, TrainSettings.lora_r), f"--target-modules {s.target_modules} means r {r}, --lora-r says {s.lora_r}: leave one out")
         s.target_modules, s.lora_r = modules, r
     require(s.samples > 0, f"--samples {s.samples}: at least 1 row is needed to train on")
     require(s.eval_samples > 0, f"--eval-samples {s.eval_samples}: at least 1 row is needed to score")
@@ -249,7 +249,7 @@ def fit(settings: TrainSettings, base, hardware, model, train, guards, started: 
         max_steps=settings.max_steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=LR_SCHEDULER,
-        warmup_steps=WARMUP_RATIO,
+        warmup_steps=WARMUP_RATIO,  # below 1: a share of all steps
         weight_decay=WEIGHT_DECAY,
         max_grad_norm=MAX_GRAD_NORM,
         bf16=hardware.device == "cuda" and hardware.dtype == torch.bfloat16,
@@ -300,6 +300,7 @@ def save_adapter(settings: TrainSettings, base, model, prompt, guards, hardware,
     """Adapter, tokenizer and prompt; written aside, checked, then moved: a full disk leaves no half file, a guard no adapter."""
     from qlora import guards as g
     from qlora.adapters import save_notes
+    from qlora.data import identity
     from qlora.training import staging
 
     g.base_unchanged(guards, frozen, model)
@@ -308,7 +309,7 @@ def save_adapter(settings: TrainSettings, base, model, prompt, guards, hardware,
     with staging(settings.output_dir) as aside:
         model.save_pretrained(aside, save_embedding_layers=False)
         base.tokenizer.save_pretrained(aside)
-        save_notes(aside, prompt, base.info, {"name": settings.dataset, "seed": settings.seed, "eval_samples": settings.eval_samples, "samples": settings.samples})
+        save_notes(aside, prompt, base.info, {**identity(settings.dataset), "seed": settings.seed, "eval_samples": settings.eval_samples, "samples": settings.samples})
         (aside / "README.md").unlink(missing_ok=True)  # PEFT's blank model card; ours comes with the report
         g.reloads_same(guards, model, aside, g.probe_batch(model, train)["input_ids"], hardware.autocast)
         set_usual_modes(aside)

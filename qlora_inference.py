@@ -87,6 +87,7 @@ def load(settings: InferSettings, adapters):
     from qlora.fast import speed_up_base, speed_up_lora
     from qlora.hardware import detect, show
     from qlora.loading import first_line, load_base
+    from qlora.memory import Job
     from qlora.plan import default_model
 
     trained = adapters[0].base if adapters else None
@@ -96,7 +97,7 @@ def load(settings: InferSettings, adapters):
     if settings.model != "auto":
         name, why = settings.model, "given"
     else:
-        name, why = (adapters[0].base_model, f"what {adapters[0].name} was trained on") if adapters else default_model(hardware)
+        name, why = (adapters[0].base_model, f"what {adapters[0].name} was trained on") if adapters else default_model(hardware, Job(precision, dtype=hardware.dtype))
     pinned = trained.revision if trained and name == trained.name else None  # the hub's main branch may have moved on
     base = load_base(name, precision, hardware, pinned or None)
     base.model.generation_config = GenerationConfig()  # what a model ships (repetition penalty, top-p) would bend greedy and top-p 1
@@ -257,7 +258,7 @@ def chat(settings: InferSettings, adapters, model, base) -> None:
 
 def evaluate(settings: InferSettings, adapters, model, base, hardware) -> None:
     """Accuracy on held-out rows, with each adapter's own prompt; by default the rows that its training run held out."""
-    from qlora.data import load_rows, split
+    from qlora.data import identity, load_rows, split
 
     for adapter in adapters or [None]:
         prompt = adapter.prompt if adapter else default_prompt()
@@ -269,7 +270,7 @@ def evaluate(settings: InferSettings, adapters, model, base, hardware) -> None:
         if found.kind != "labels" or found.answers != prompt.answers:
             raise UsageError(f"--dataset {name}: answers {', '.join(found.answers) or 'none'}, but the adapter answers {', '.join(prompt.answers)}")
         # Held-out rows are drawn first, so more of them than the training run held out would be its training rows.
-        own = same_data(name, trained["name"])
+        own = name == trained["name"] or "sha256" in trained and identity(name).get("sha256") == trained["sha256"]
         held_out = trained.get("eval_samples", EVAL_SAMPLES) if own else len(found.held_out) or len(found.rows) - 1
         count = settings.eval_samples or min(held_out, EVAL_SAMPLES)
         if adapter and own and not found.held_out and count > held_out:
@@ -284,10 +285,6 @@ def evaluate(settings: InferSettings, adapters, model, base, hardware) -> None:
             with model.disable_adapter():
                 show_score(base, model, prompt, rows, "base", hardware)
         show_score(base, model, prompt, rows, adapter.name, hardware)
-
-
-def same_data(a: str, b: str) -> bool:
-    return a == b or (Path(a).exists() and Path(b).exists() and Path(a).samefile(b))
 
 
 def show_score(base, model, prompt, rows, title, hardware) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Sequence
 
 from config import COMPARABLE, NAMED_ADAPTERS, DemoSettings
-from qlora.cli import note, parse, require, run
+from qlora.cli import UserError, note, parse, require, run
 
 PARTS = ("architecture", "untrained", "sampling", "datatypes", "ledger", "plan", "compare")  # in the order of the lesson
 LONGEST = 1 << 20  # tokens that --plan takes
@@ -47,7 +47,8 @@ def read_settings(argv: Sequence[str] | None) -> DemoSettings:
     if s.adapter:
         from qlora.adapters import read_adapter
 
-        read_adapter(s.adapter)  # told now, not after the tables
+        if read_adapter(s.adapter).base is None:  # told now, not after the tables
+            raise UserError(f"--adapter {s.adapter}: no qlora.json in it, so the base and the precision that it was trained on are unknown")
     return s
 
 
@@ -86,13 +87,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def choose(settings: DemoSettings):
     from qlora.hardware import detect, show
-    from qlora.plan import default_model
+    from qlora.plan import default_model, training_job
 
     hardware = detect(settings.precision)
     show(hardware)
     why = "given"
     if settings.model == "auto":
-        settings.model, why = default_model(hardware)
+        settings.model, why = default_model(hardware, training_job(settings, hardware))
     note(f"model      {settings.model} ({why})")
     return hardware
 
@@ -106,11 +107,12 @@ def quantize(settings: DemoSettings, hardware):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    from qlora.loading import DTYPES, locate, never_repack, readable, refuse_misread_rows, refuse_pickles
+    from qlora.loading import DTYPES, fingerprint, locate, never_repack, readable, refuse_misread_rows, refuse_pickles
     from qlora.weights import held_bytes
 
     folder = locate(settings.model)[0]
     refuse_pickles(folder)
+    fingerprint(folder)  # refuses a damaged config.json
     with readable(settings.model, folder), torch.device("meta"):  # shapes only: what 16 bits would take, without taking it
         full = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True), dtype=torch.bfloat16)
     before, parameters = full.get_memory_footprint(), full.num_parameters()
@@ -218,7 +220,7 @@ def trained_updates(settings: DemoSettings, hardware) -> dict:
     from qlora.loading import load_base
 
     adapter = read_adapter(settings.adapter)
-    base = load_base(adapter.base.name, adapter.base.precision, hardware, adapter.base.revision or None)
+    base = load_base(adapter.base_model, adapter.base.precision, hardware, adapter.base.revision or None)
     result = adapter_ledger(settings.adapter, base.model)
     show_adapter_ledger(result)
     return result

@@ -36,12 +36,20 @@ IMATRIX_ROWS = 100  # training prompts that the importance matrix is made from
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse(ExportSettings, argv, __doc__)
     main_file, *others = make(settings)
-    from qlora.adapters import read_adapter
+    note(f"next       {BIN.relative_to(HERE.parent)}/llama-cli -m {main_file}{f' --lora {others[0]}' if settings.lora else ''}{question(settings.adapter)}")
 
-    prompt, lora = read_adapter(settings.adapter).prompt, f" --lora {others[0]}" if settings.lora else ""
+
+def question(folder: Path) -> str:
+    """llama-cli's flags for asking as the adapter was trained to be asked."""
+    from qlora.adapters import read_adapter
+    from qlora.prompts import TEMPLATE_VARIABLES
+
+    prompt, template = read_adapter(folder).prompt, adapter_tokenizer(folder).chat_template or ""
     system = f" -sys {shlex.quote(prompt.system)}" if prompt and prompt.system else ""
     asked = shlex.quote(prompt.user.replace("{text}", "Your review.") if prompt and prompt.objective == "sentiment" else "Your message.")
-    note(f"next       {BIN.relative_to(HERE.parent)}/llama-cli -m {main_file}{lora}{system} -st --temp 0 -p {asked}")
+    # Llama 3's template writes today's date unless it is given one; training gave it this one.
+    date = f" --chat-template-kwargs {shlex.quote(json.dumps(TEMPLATE_VARIABLES))}" if "date_string" in template else ""
+    return f"{system}{date} -st --temp 0 -p {asked}"
 
 
 def make(s: ExportSettings, replace_modelfile: bool = True) -> list[Path]:
@@ -60,8 +68,7 @@ def make(s: ExportSettings, replace_modelfile: bool = True) -> list[Path]:
             made.append(s.output_dir / file.name)
             if file.parent != s.output_dir:
                 size = file_bytes(file)
-                (s.output_dir / file.name).unlink(missing_ok=True)  # the record of an older file of this name goes with it
-                os.replace(file, made[-1])
+                move_in(file, s.output_dir)
                 record(s.output_dir, adapter, file.name, what)
                 note(f"written    {made[-1]} ({size})")
     if not s.lora:
@@ -192,12 +199,22 @@ def base_gguf(adapter) -> Path | None:
 
 def record(folder: Path, adapter, name: str, what: dict) -> None:
     """export.json: what each file here is, and which adapter (a base: which model) it was made of."""
-    from qlora.runs import write_json
-
     if all(known["kind"] == "base" for known in recorded(folder, adapter).values()):  # what is served from here is this adapter from now on
         for modelfile in ("Modelfile", "Modelfile-lora"):
             (folder / modelfile).unlink(missing_ok=True)
-    write_json(folder / RECORD, {"files": known_files(folder) | {name: what | {"of": origin(adapter, what["kind"])}}})
+    write_record(folder, known_files(folder) | {name: what | {"of": origin(adapter, what["kind"])}})
+
+
+def move_in(file: Path, folder: Path) -> None:
+    """Give a whole file its final name; an older file's record goes first, so that it can't be taken for the new one's."""
+    write_record(folder, {name: what for name, what in known_files(folder).items() if name != file.name})
+    os.replace(file, folder / file.name)
+
+
+def write_record(folder: Path, files: dict[str, dict]) -> None:
+    from qlora.runs import write_json
+
+    write_json(folder / RECORD, {"files": files})
 
 
 def recorded(folder: Path, adapter) -> dict[str, dict]:

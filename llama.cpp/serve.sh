@@ -132,6 +132,7 @@ report() { # what to do with the server that is ready
   done
   echo "address    $url ($what; reached from this machine alone, --help says how to open it)"
   echo "key        $key_file${made_key:-}"
+  echo "           (asked as the movie reviews were; an adapter of other data has its own question in its qlora.json)"
   echo "try        curl $url/v1/chat/completions -H \"Authorization: Bearer \$(cat $key)\" -d '{\"temperature\":0,\"messages\":[{\"role\":\"system\",\"content\":\"$system\"},{\"role\":\"user\",\"content\":\"$question\"}]$lora}'"
   echo "python     client = openai.OpenAI(base_url=\"$url/v1\", api_key=open(\"$key_file\").read().strip())"
   echo "           client.chat.completions.create(model=\"any\", temperature=0, messages=[{\"role\": \"system\", \"content\": \"$system\"}, {\"role\": \"user\", \"content\": \"$question\"}]${lora:+, extra_body={\"lora\": [{\"id\": 0, \"scale\": 1.0\}]\}})"

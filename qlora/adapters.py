@@ -33,8 +33,8 @@ class Adapter:
 
     @property
     def peft_name(self) -> str:
-        """torch allows no dots in a module's name."""
-        return self.name.replace(".", "_")
+        """A name that torch takes for a module: no dots in it, and none of its own attributes (a folder may be called `training`)."""
+        return "adapter_" + self.name.encode().hex()
 
 
 def save_notes(folder: Path, prompt: PromptFormat, base: BaseInfo, dataset: dict) -> None:
@@ -66,8 +66,8 @@ def read_adapter(folder: Path) -> Adapter:
     except (KeyError, TypeError):
         raise UserError(f"--adapter {folder}: {NOTES} lacks what this version writes; train again") from None
     # A file or folder was perhaps named from another folder; its whole path is known.
-    local = base.name.lower().endswith(".gguf") or Path(base.public_name).is_absolute() and Path(base.public_name).is_dir()
-    return Adapter(folder, base.public_name if local else base.name, prompt, base, notes.get("dataset", {}))
+    whole = Path(base.public_name)
+    return Adapter(folder, base.public_name if whole.is_absolute() and whole.exists() else base.name, prompt, base, notes.get("dataset", {}))
 
 
 def check_weights(path: Path) -> None:

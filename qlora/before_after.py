@@ -16,6 +16,7 @@ from qlora import evaluation as e
 from qlora import prompts as p
 from qlora.cli import UserError, note
 from qlora.data import Row, evenly
+from qlora.fetch import sha256_of
 from qlora.hardware import Hardware
 from qlora.loading import Base, context_length
 from qlora.runs import BEFORE, before_scores, write_json
@@ -40,9 +41,10 @@ def score_before(out: Path, hardware: Hardware, base: Base, prompt: p.PromptForm
 
     `examples` are the encoded held-out rows (for perplexity, where there are no labels).
     """
-    before = before_scores(out)
-    asked = fingerprint(prompt, base, train_rows, held_out)
-    if before.get("asked", asked) != asked:
+    asked, before = fingerprint(prompt, base, train_rows, held_out), before_scores(out)
+    if "asked" not in before:  # none, or of an older version
+        before = {}
+    elif before["asked"] != asked:
         raise UserError(f"{out}: dataset, prompt or base model have changed since this run began; start again with --overwrite")
     before |= {"asked": asked, "revision": base.info.revision}
 
@@ -78,7 +80,9 @@ def score_before(out: Path, hardware: Hardware, base: Base, prompt: p.PromptForm
 
 def fingerprint(prompt: p.PromptFormat, base: Base, *rows: list[Row]) -> str:
     """sha256 of what a run asks and of whom: scores of one run say nothing about another."""
-    asked = [prompt.to_json(), base.info.revision, [[(row.text, row.label) for row in part] for part in rows]]
+    # A plain folder has no revision.
+    weights = base.info.revision or [sha256_of(file) for file in sorted(Path(base.info.public_name).glob("*.safetensors"))]
+    asked = [prompt.to_json(), weights, [[(row.text, row.label) for row in part] for part in rows]]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from config import PACKAGED_DATASETS, PACKAGED_REVIEWS, SENTIMENT_ANSWERS
 from qlora.cli import UsageError, note
-from qlora.fetch import fetch
+from qlora.fetch import fetch, sha256_of
 from qlora.prompts import IGNORE, clean
 
 # Column sets in the order in which they are looked for.
@@ -70,6 +70,13 @@ def load_rows(dataset: str) -> RowSet:
     if not rows:
         raise UsageError(f"--dataset {dataset}: no rows with text in it")
     return RowSet(rows, held_out, kind, answer_names(names), origin, removed)
+
+
+def identity(dataset: str) -> dict:
+    """How to know a dataset again, from any folder: its name; of a file the whole path and the content's sha256."""
+    path = Path(dataset)
+    local = dataset not in PACKAGED_DATASETS and path.is_file()
+    return {"name": str(path.resolve()), "sha256": sha256_of(path)} if local else {"name": dataset}
 
 
 def read_file(path: Path) -> pd.DataFrame:
@@ -159,7 +166,7 @@ def to_rows(table: pd.DataFrame, shape: tuple[str, ...], names: list) -> list[Ro
             [{"role": "user", "content": f"{ask}\n\n{more}" if more else str(ask)}, {"role": "assistant", "content": str(reply)}]
             for ask, more, reply in zip(table[shape[0]], extra, table[shape[1]])
         ]
-    return [Row(json.dumps(talk), messages=tuple(talk)) for talk in talks if any(m["role"] == "assistant" for m in talk)]
+    return [Row(json.dumps(talk), messages=tuple(talk)) for talk in talks]
 
 
 def conversations(column) -> list[list[dict]]:
@@ -175,7 +182,9 @@ def conversations(column) -> list[list[dict]]:
             continue
         if not texts:
             wrong.append(f"has a content that is no text: {str(messages)[:120]}")
-        elif "assistant" in roles and "user" not in roles[: roles.index("assistant")]:
+        elif "assistant" not in roles:
+            wrong.append(f"has no reply (role assistant; found {', '.join(dict.fromkeys(map(str, roles))) or 'none'})")
+        elif "user" not in roles[: roles.index("assistant")]:
             wrong.append(f"has a reply before the user's first message: {str(messages)[:120]}")
         else:
             talks.append(messages)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from config import BUNDLED, MODELS, MODELS_DIR, PACKAGED_MODEL
@@ -83,8 +84,9 @@ def load_base(name: str, precision: str, hardware: Hardware, revision: str | Non
     refuse_pickles(folder)
     config_sha256 = fingerprint(folder)
     with readable(name, folder):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=dtype,
             quantization_config=quantization_config(precision, dtype),
             device_map={"": hardware.device},
@@ -92,6 +94,8 @@ def load_base(name: str, precision: str, hardware: Hardware, revision: str | Non
             local_files_only=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if found["missing_keys"]:  # transformers would fill them with random numbers
+        raise UserError(f"{name}: {folder} has no weights for {sorted(found['missing_keys'])[0]} and {len(found['missing_keys']) - 1} more that its config.json names; fetch it again")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     never_repack(model)
@@ -105,9 +109,11 @@ def readable(name: str, folder: Path):
     """Turns what transformers raises on a damaged model folder into a UserError."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{name}: the model in {folder} can't be loaded ({first_line(error)})") from None
     except Exception as error:
+        if "ignore_mismatched_sizes" in str(error):
+            raise UserError(f"{name}: the weights in {folder} have other sizes than its config.json says; fetch both again") from None
         if type(error).__name__ != "SafetensorError":
             raise
         raise UserError(f"{name}: a weights file in {folder} is damaged or cut short ({first_line(error)}); fetch it again") from None

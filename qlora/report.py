@@ -176,15 +176,17 @@ def model_card(report: dict, text: str) -> str:
 def loading_snippet(base: dict) -> list[str]:
     """Python that loads the base at the precision that it was trained at."""
     options = [f"dtype=torch.{base['dtype']}"]
-    if base["precision"] in ("nf4", "fp4"):
+    source, lines, from_gguf = base["public_name"], [], base["public_name"].lower().endswith(".gguf")
+    if from_gguf and base["precision"] in ("nf4", "fp4", "int8"):
+        lines = [f"# Trained at {base['precision']}; transformers can't quantize what it reads from a GGUF file (qlora_inference.py can), so this is near, not the same."]
+    elif base["precision"] in ("nf4", "fp4"):
         options.append(f'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{base["precision"]}", '
                        f"bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.{base['dtype']})")
     elif base["precision"] == "int8":
         options.append("quantization_config=BitsAndBytesConfig(load_in_8bit=True)")
     if base["revision"] and not base["revision"].startswith("gguf"):
         options.append(f'revision="{base["revision"]}"')
-    source, lines = base["public_name"], []
-    if source.endswith(".gguf"):
+    if from_gguf:
         options.append(f'gguf_file="{Path(source).name}"')
         source = Path(source).parent
     elif base["revision"].startswith("gguf"):

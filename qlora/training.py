@@ -108,7 +108,9 @@ class QLoRATrainer(Trainer):
             seal(aside / name)
             shutil.rmtree(out / name, ignore_errors=True)
             os.rename(aside / name, out / name)
-        for old in checkpoints(out)[KEEP_CHECKPOINTS:]:
+        # Those of later steps were passed over: damaged, or of an older version.
+        kept = [folder for folder in checkpoints(out) if step_of(folder) <= self.state.global_step][:KEEP_CHECKPOINTS]
+        for old in set(checkpoints(out)) - set(kept):
             shutil.rmtree(old)
 
 
@@ -139,8 +141,11 @@ def seal(folder: Path) -> None:
 
 def checkpoints(out: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    found = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
+    return sorted((p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def last_complete(out: Path) -> Path | None:

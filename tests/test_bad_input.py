@@ -11,7 +11,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import SMALL_RUN, make_tiny, script
+from conftest import ROOT, SMALL_RUN, make_tiny, script
 
 import qlora_finetune
 import qlora_inference
@@ -95,6 +95,7 @@ def contents(folder) -> dict:
     (["--precision", "nf5"], "--precision"),
     (["--resume", "--overwrite"], "--resume and --overwrite"),
     (["--target-modules", "lite", "--lora-r", "8"], "lite means r 32, --lora-r says 8"),
+    (["--resume", "--target-modules", "lite", "--lora-r", "8"], "lite means r 32, --lora-r says 8"),  # there is nothing to resume
 ])
 def test_flags_of_training(tmp_path, flags, match):
     train(*flags, "--output-dir", tmp_path / "out", "--dataset", "gone.csv", match=match)
@@ -122,6 +123,12 @@ def test_flags_of_inference(flags, match):
 
 def test_a_prompt_may_begin_with_a_dash():
     assert qlora_inference.read_settings(["— what a film"]).prompt == "— what a film"
+
+
+def test_a_python_without_the_packages():
+    for name in ("quant_llama32_4bit_lora.py", "qlora_finetune.py", "qlora_inference.py", "llama.cpp/export.py", "llama.cpp/parity.py"):
+        done = subprocess.run([sys.executable, "-S", name, "--help"], cwd=ROOT, capture_output=True, text=True)  # -S: without what is installed
+        assert done.returncode == 1 and "make setup" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_the_shell_sees_one_line_and_the_code(tmp_path):
@@ -222,6 +229,18 @@ def test_damaged_models(tmp_path, tiny_folder):
         infer("--adapter", "none", "--model", folder, "x", match="config.json|can't be loaded", code=1)
 
 
+@pytest.mark.parametrize("change, match", [
+    ({"hidden_size": "big"}, "can't be loaded"),
+    ({"vocab_size": 100}, "other sizes than its config.json says"),
+    ({"num_hidden_layers": 3}, "no weights for model.layers.2.*8 more"),  # would be random ones
+])
+def test_a_config_that_is_not_that_of_the_weights(tmp_path, tiny_folder, change, match):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    infer("--adapter", "none", "--model", folder, "x", match=match, code=1)
+
+
 def test_damaged_ggufs(tmp_path, monkeypatch):
     from config import MODELS_DIR
 
@@ -250,7 +269,7 @@ def test_lines_that_are_no_text(tiny_folder):
     assert done.returncode == 2 and b"error: stdin: not text in UTF-8" in done.stderr and b"Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("harm, match", [("cut", "damaged or cut short"), ("config", "config.json|can't be loaded"), ("narrow", "is 96 wide, not a multiple of 64")])
+@pytest.mark.parametrize("harm, match", [("cut", "damaged or cut short"), ("config", "config.json|can't be loaded"), ("list", "not a JSON object"), ("narrow", "is 96 wide, not a multiple of 64")])
 def test_models_that_the_demo_refuses(tmp_path, tiny_folder, tokenizer, harm, match):
     import quant_llama32_4bit_lora as demo
     import torch
@@ -264,8 +283,8 @@ def test_models_that_the_demo_refuses(tmp_path, tiny_folder, tokenizer, harm, ma
         folder = shutil.copytree(tiny_folder, tmp_path / "model")
     if harm == "cut":
         os.truncate(folder / "model.safetensors", 100_000)
-    if harm == "config":
-        (folder / "config.json").write_text("{}")
+    if harm in ("config", "list"):
+        (folder / "config.json").write_text("{}" if harm == "config" else "[]")
     refused(demo.main, "--architecture", "--model", folder, "--output-dir", tmp_path / "out", match=match, code=1)
 
 
@@ -358,6 +377,26 @@ def test_adapters_that_are_not_there(tmp_path, trained, marker):
     plant_pickle(folder / "adapter_model.bin", marker)
     infer("--adapter", folder, "x", match="adapter_model.bin, a pickle", code=1)
     assert not marker.exists()
+
+
+def test_names_that_torch_does_not_take(tmp_path, trained):
+    from config import InferSettings
+    from qlora_inference import load, load_notes
+
+    folders = [damaged(trained, tmp_path / str(i)).rename(tmp_path / name) for i, name in enumerate(("training", "a.b", "a_b"))]
+    settings = InferSettings(adapter=tuple(map(str, folders)))
+    assert len(load(settings, load_notes(settings))[0].peft_config) == 3
+
+
+def test_rows_that_were_trained_on_are_known_by_their_content(tmp_path, trained, csv):
+    # A copy of the file, named from another folder: held-out rows are still drawn from those that were held out
+    from qlora.data import identity
+
+    folder, notes = damaged(trained, tmp_path), json.loads((trained / "qlora.json").read_text())
+    assert identity(str(csv))["name"] == str(csv) and identity("imdb") == {"name": "imdb"}
+    (folder / "qlora.json").write_text(json.dumps(notes | {"dataset": notes["dataset"] | identity(str(csv))}))
+    copy = shutil.copy(csv, tmp_path / "copy.csv")
+    infer("--adapter", folder, "--evaluate", "--dataset", copy, "--eval-samples", "9", match="held out 8 rows of .*the next ones were trained on")
 
 
 def test_damaged_adapter_weights(tmp_path, trained):

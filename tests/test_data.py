@@ -78,10 +78,12 @@ def test_more_rows_than_there_are(tmp_path):
 
 def test_conversations_that_can_not_be_trained_on_are_left_out_aloud(tmp_path, capsys):
     good = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
-    rows = [{"messages": talk} for talk in (good, good[::-1], [{"role": "user", "content": "again"}, {"role": "assistant", "content": None}])]
+    rows = [{"messages": talk} for talk in (good, good[::-1], [{"role": "user", "content": "again"}, {"role": "assistant", "content": None}], [{"role": "user", "content": "hi"}, {"role": "gpt", "content": "no known role"}])]
     found = d.load_rows(write(tmp_path, "talks.jsonl", rows))
     assert [row.messages for row in found.rows] == [tuple(good)]
-    assert "2 of 3 conversations left out; the first has a reply before the user's" in capsys.readouterr().err
+    assert "3 of 4 conversations left out; the first has a reply before the user's" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="no reply .role assistant; found user, gpt"):
+        d.load_rows(write(tmp_path, "others.jsonl", rows[3:]))
 
 
 def test_a_hub_datasets_own_test_split_is_the_exam(monkeypatch):

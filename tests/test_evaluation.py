@@ -74,3 +74,23 @@ def test_flips_largest_change_of_mind_first():
 def test_bag_of_words_learns_words():
     train = [Row(f"great film {i}", 1) for i in range(10)] + [Row(f"awful film {i}", 0) for i in range(10)]
     assert e.bag_of_words(train, [Row("a great thing", 1), Row("an awful thing", 0)]) == [1, 0]
+
+
+def test_scores_are_those_of_these_weights(tiny_folder, tmp_path):
+    # A plain folder has no revision: training anew into the same folder must not be taken for the same base
+    import shutil
+    from types import SimpleNamespace
+
+    from qlora.before_after import fingerprint
+    from qlora.prompts import PromptFormat
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    base = SimpleNamespace(info=SimpleNamespace(revision="", public_name=str(folder)))
+    before = fingerprint(PromptFormat("lm", 64), base, [Row("a", 0)])
+    assert before == fingerprint(PromptFormat("lm", 64), base, [Row("a", 0)]) != fingerprint(PromptFormat("lm", 64), base, [Row("a", 1)])
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+    assert before != fingerprint(PromptFormat("lm", 64), base, [Row("a", 0)])

@@ -175,3 +175,22 @@ def test_what_a_killed_export_left_is_removed_and_two_at_once_are_refused(tmp_pa
         export.main(["--adapter", str(trained), "--lora", "--output-dir", str(out)])
     export.main(["--adapter", str(trained), "--lora", "--output-dir", str(out)])
     assert not list(out.glob(".export-*"))
+
+
+def test_the_next_command_asks_as_training_did(tmp_path, trained):
+    assert export.question(trained).startswith(" -sys 'You judge movie reviews.' -st ") and "positive or negative?" in export.question(trained)
+    dated = changed(trained, tmp_path / "dated")
+    template = dated / "chat_template.jinja"
+    template.write_text("{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}" + template.read_text())
+    assert """--chat-template-kwargs '{"date_string": "26 Jul 2024"}'""" in export.question(dated)
+
+
+def test_a_files_record_goes_before_the_file(tmp_path, trained):
+    # Killed between the two, an export must not leave a new file under an older adapter's record
+    out = tmp_path / "out"
+    out.mkdir()
+    export.write_record(out, {name: {"kind": "merged", "type": "Q8_0", "of": "an older one"} for name in ("a.gguf", "b.gguf")})
+    for name in ("a.gguf", "b.gguf"):
+        (out / name).touch()
+    export.move_in(out / "a.gguf", out)
+    assert set(export.known_files(out)) == {"b.gguf"}

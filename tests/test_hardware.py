@@ -5,6 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import qlora_finetune
+import quant_llama32_4bit_lora
+from config import DemoSettings, TrainSettings
 from qlora import hardware
 from qlora.memory import Job
 from qlora.plan import default_model
@@ -37,6 +40,14 @@ def test_model_by_memory(monkeypatch, gib, model):
     chosen, why = default_model(found)
     assert chosen == model and why.startswith("the smallest, though") == (gib == 2)
     assert default_model(found, Job(length=4096))[0] == ("llama-3.2-3b" if gib == 80 else "llama-3.2-1b")
+
+
+def test_a_run_of_longer_rows_may_want_the_smaller_model(monkeypatch):
+    card(monkeypatch, 8, 6, 8)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    for settings, begin in ((TrainSettings(max_length=1024), qlora_finetune.show_hardware), (DemoSettings(max_length=1024), quant_llama32_4bit_lora.choose)):
+        begin(settings)
+        assert settings.model == "llama-3.2-1b"
 
 
 @pytest.mark.parametrize("amx, avx512_bf16, dtype", [(True, True, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from conftest import make_tiny, script
@@ -60,6 +61,10 @@ def test_a_trained_adapter_is_measured_by_the_ledger(tmp_path, trained, capsys):
               "--output-dir", str(tmp_path / "out")])
     matrices = parts_of(tmp_path / "out")["ledger"]["result"]["trained"]["matrices"]
     assert len(matrices) == 14 and all(0 < m["ratio"] and 1 <= m["effective_rank"] <= 16 for m in matrices)
+    foreign = shutil.copytree(trained, tmp_path / "foreign")
+    (foreign / "qlora.json").unlink()
+    with pytest.raises(UserError, match="no qlora.json in it"):
+        lab.main(["--ledger", "--adapter", str(foreign), "--output-dir", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize("flags, words", [

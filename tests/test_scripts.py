@@ -152,12 +152,13 @@ def test_merged_model_is_plain_and_keeps_its_answers(trained, tmp_path):
 
 def test_several_adapters_and_the_second_is_another(trained, tiny_folder, tmp_path):
     other = tmp_path / "other"
-    assert script(SCRIPTS[1], "--model", tiny_folder, "--output-dir", other, *SMALL_RUN, "--lora-r", "4", "--lora-variant", "rslora", "--target-modules", "q_proj,v_proj").returncode == 0
+    assert script(SCRIPTS[1], "--model", tiny_folder, "--output-dir", other, *SMALL_RUN, "--lora-r", "4", "--lora-variant", "rslora", "--target-modules", "q_proj,v_proj", "--learning-rate", "0.05").returncode == 0
     done = script(SCRIPTS[2], "--adapter", trained, "--adapter", other, "--evaluate", "--eval-samples", "8")
     assert done.returncode == 0 and [line.split()[0] for line in done.stdout.splitlines()] == [trained.name, "other"], done.stderr
     # Side by side they are what each of them says alone.
     flags = ("--max-new-tokens", "4", "A fine film.")
     alone = {folder.name: script(SCRIPTS[2], "--adapter", folder, *flags).stdout.split() for folder in (trained, other)}
+    assert alone[trained.name] != alone["other"]  # else it would not show which of them spoke
     both = script(SCRIPTS[2], "--adapter", trained, "--adapter", other, "--compare", *flags)
     said = {line.split()[0]: line.split()[1:] for line in both.stdout.splitlines() if line.startswith("  ")}
     assert set(said) == {"base", trained.name, "other"} and {name: said[name] for name in alone} == alone, both.stderr
@@ -225,6 +226,17 @@ def test_an_adapter_finds_its_base_from_another_folder(tiny_folder, tmp_path):
     asked = script(SCRIPTS[2], "--adapter", tmp_path / "run", "--max-new-tokens", "2", "Fine.", cwd=tmp_path)
     assert asked.returncode == 0, asked.stderr
     assert str(tiny_folder) in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_the_model_cards_code_for_a_gguf():
+    # transformers refuses to read a GGUF file and quantize it in one call
+    from qlora.report import loading_snippet
+
+    base = {"public_name": "/models/base.GGUF", "dtype": "bfloat16", "revision": "gguf-sha256:0", "precision": "nf4"}
+    note, code = loading_snippet(base)
+    assert note.startswith("# Trained at nf4") and 'from_pretrained("/models", ' in code and 'gguf_file="base.GGUF"' in code and "BitsAndBytes" not in code
+    hub = loading_snippet({**base, "public_name": "a/b", "revision": "0" * 40})
+    assert len(hub) == 1 and 'bnb_4bit_quant_type="nf4"' in hub[0] and 'revision="000' in hub[0]
 
 
 def test_gradient_checkpointing_and_accumulation(tiny_folder, tmp_path):

@@ -82,7 +82,7 @@ def test_a_run_killed_after_its_last_step_trains_no_further(tiny_folder, tmp_pat
     assert again["memory"]["measured_peak_bytes"] == first["memory"]["measured_peak_bytes"]
 
 
-@pytest.mark.parametrize("moment", ["base, zero-shot", "tuned"])
+@pytest.mark.parametrize("moment", ["base, 4 examples", "tuned"])
 def test_ctrl_c_while_scoring_says_how_to_resume_too(tiny_folder, tmp_path, moment):
     out = tmp_path / "run"
     process = start(out, tiny_folder, *LONG_RUN, "--eval-samples", 400, "--max-steps", 3)
@@ -92,6 +92,15 @@ def test_ctrl_c_while_scoring_says_how_to_resume_too(tiny_folder, tmp_path, mome
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130 and f"--output-dir {out} --resume" in rest and "Traceback" not in rest, seen + rest
+    if moment == "tuned":
+        return
+    # What was scored is not scored again.
+    assert len(json.loads((out / "before.json").read_text())["scores"]) == 400
+    process, seen = start(out, tiny_folder, "--resume"), ""
+    while f"{moment}:" not in seen and process.poll() is None:
+        seen += process.stderr.read(1)
+    process.kill()
+    assert f"{moment}:" in seen and "zero-shot" not in seen, seen
 
 
 def test_ctrl_c_before_an_earlier_run_is_overwritten_names_no_resume(uninterrupted, tiny_folder, tmp_path):
@@ -148,6 +157,18 @@ def test_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, harm, capsys
     assert t.last_complete(out) == older
     assert "passed over" in capsys.readouterr().err
 
+
+def test_a_run_that_starts_again_keeps_its_new_checkpoints(uninterrupted, tiny_folder, tmp_path):
+    # Passed-over checkpoints have higher numbers: they must not push the new ones out
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    for lost in (out / "report.json", *(folder / t.MANIFEST for folder in t.checkpoints(out))):
+        lost.unlink()
+    process = start(out, tiny_folder, "--resume")
+    wait_for(out / "checkpoint-10", process)
+    wait_for(out / "checkpoint-15", process)
+    process.kill()
+    process.communicate()
+    assert t.step_of(t.last_complete(out)) in (10, 15, 20, 25)
 
 
 def test_nan_stops_the_run_with_its_fix(tiny_folder, tmp_path):
