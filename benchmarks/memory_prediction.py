@@ -182,11 +182,12 @@ def main() -> None:
         precision = given.get("precision", "nf4")
         print(json.dumps(measure(model_name, Job(**given, device=hardware.device, dtype=detect(precision).dtype, hopper=hopper))))
         return
-    rows = []
+    rows, failed = [], []
     for model_name, given in JOBS[hardware.device]:
         done = subprocess.run([sys.executable, __file__, json.dumps([model_name, given])], capture_output=True, text=True)
         if done.returncode:
-            print(f"{model_name} {given}: {done.stderr.strip().splitlines()[-1]}", flush=True)
+            failed.append({"model": model_name, "job": given, "error": done.stderr.strip().splitlines()[-1]})
+            print(f"{model_name} {given}: {failed[-1]['error']}", flush=True)
             continue
         row = {"model": model_name, "job": given, **json.loads(done.stdout.splitlines()[-1])}
         row["error"] = row["predicted"] / row["measured"] - 1
@@ -194,7 +195,7 @@ def main() -> None:
         print(f"{model_name:<14}{row['predicted'] / 1e9:8.3f} GB predicted {row['measured'] / 1e9:8.3f} measured {100 * row['error']:+6.1f}%   {given}", flush=True)
     worst = max(rows, key=lambda r: abs(r["error"]))
     print(f"{len(rows)} jobs, largest error {100 * worst['error']:+.1f}%")
-    (RESULTS / f"memory_prediction_{hardware.device}.json").write_text(json.dumps({"environment": environment(hardware), "rows": rows}, indent=1) + "\n")
+    (RESULTS / f"memory_prediction_{hardware.device}.json").write_text(json.dumps({"environment": environment(hardware), "rows": rows, "failed": failed}, indent=1) + "\n")
     print(f"written {draw(rows, hardware.device)}")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -27,10 +26,6 @@ from qlora.hardware import Hardware
 from qlora.hub import snapshot
 from qlora.runs import set_usual_modes
 
-# Said on each load: a CPU kernel could be fetched from the hub (not wanted, see never_repack). At each product: LLM.int8
-# computes in fp16. By torchao, where it is installed: its CUDA extensions do not load on a CPU, it registers an Enum twice.
-for chatty in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions", "torchao", "torch.utils._pytree"):
-    logging.getLogger(chatty).setLevel(logging.ERROR)
 # transformers warns of its own calls between two of its names for activation checkpointing.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
 transformers.utils.logging.set_verbosity_error()

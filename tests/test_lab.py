@@ -24,7 +24,7 @@ def test_the_plan_needs_a_config_and_nothing_else(tmp_path, tiny_folder):
     config = tmp_path / "config.json"
     config.write_text((tiny_folder / "config.json").read_text())
     done = run_lab(tmp_path / "out", "--plan", "--model", config, "--batch-size", "2", "--max-length", "64")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stderr.startswith("device "), done.stderr  # no library says something before
     plan = parts_of(tmp_path / "out")["plan"]["result"]
     assert plan["job"]["batch_size"] == 2 and plan["job"]["length"] == 64
     assert [row["card"] for row in plan["cards"]][:2] == ["T4 16", "RTX 3060 12"]
