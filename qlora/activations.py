@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora import loading  # noqa: F401  (silences what bitsandbytes logs when it is imported)
 from qlora.formats import decode_int8, encode_int8, one_thread
 from qlora.logits import hidden_states
 from qlora.weights import dequantized

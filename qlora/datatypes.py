@@ -11,7 +11,6 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from qlora import loading  # noqa: F401  (silences what bitsandbytes logs when it is imported)
 from qlora.cli import UsageError
 from qlora.formats import (
     BLOCK, CODEBOOKS, FLOATS, GROUP, OUTERMOST, TYPES, decode_levels, encode_levels, one_thread, relative, round_trip, squared_errors, to_blocks,
