@@ -3,11 +3,12 @@ PYTHON ?= python3
 REVIEW ?= The plot is thin, but the actors are wonderful and I left the cinema with a smile.
 OUT ?= qlora-out
 BIN := .venv/bin
+RESULTS := benchmarks/results
 # As it was typed: quotes, dollars and backticks are the review's, not make's or the shell's.
 override REVIEW := $(value REVIEW)
 export REVIEW
 
-.PHONY: run test help setup clean
+.PHONY: run test figures results help setup clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -18,6 +19,28 @@ run: .venv/installed  ## set up, fine-tune on IMDB (goes on where it stopped; do
 
 test: .venv/tested  ## set up, run the tests (offline but for the package index)
 	$(BIN)/python -m pytest
+
+figures: .venv/installed  ## fill the measured numbers into README and docs from benchmarks/results
+	$(BIN)/python benchmarks/figures.py
+
+# One after the other: they want the machine to themselves. Parity needs llama.cpp/build.sh to have run.
+results: .venv/installed  ## measure everything again (several hours), then fill it in
+	@test ! -e qlora-out || { echo "error: move qlora-out/ away: the default run is measured from the start" >&2; exit 1; }
+	$(BIN)/python benchmarks/training_speed.py
+	$(BIN)/python benchmarks/memory_prediction.py
+	$(BIN)/python benchmarks/timings.py
+	$(BIN)/python benchmarks/waiting.py
+	$(BIN)/python quant_llama32_4bit_lora.py --output-dir $(RESULTS)/lab >$(RESULTS)/lab/demo.txt 2>&1
+	$(MAKE) run >$(RESULTS)/default_run.log 2>&1
+	cp qlora-out/report.json $(RESULTS)/default_run.json
+	$(BIN)/python quant_llama32_4bit_lora.py --ledger --adapter qlora-out --output-dir quant-out \
+	  >$(RESULTS)/lab/adapter_ledger.txt 2>&1
+	$(BIN)/python llama.cpp/parity.py --imatrix
+	cp gguf-out/parity.json gguf-out/parity.md gguf-out/parity.png $(RESULTS)/parity/nf4/
+	$(BIN)/python qlora_finetune.py --model models/SmolLM2-135M-Instruct.Q4_1.gguf --output-dir q4-run --resume
+	$(BIN)/python llama.cpp/parity.py --adapter q4-run --types Q8_0 --output-dir gguf-q4
+	cp gguf-q4/parity.json gguf-q4/parity.md gguf-q4/parity.png $(RESULTS)/parity/q4_1/
+	$(MAKE) figures
 
 setup: .venv/installed  ## only make .venv and install requirements.txt into it
 

@@ -1,20 +1,23 @@
-"""Adapters on disk: what belongs beside the weights, and what is refused when they come back."""
+"""Adapters on disk: what belongs beside the weights, and what is refused when they are loaded."""
 
-from __future__ import annotations
-
+import contextlib
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from qlora.cli import UserError, UsageError
-from qlora.loading import BaseInfo
+from qlora.cli import UserError, first_line, require
+from qlora.fast import make_fast
+from qlora.files import read_json
+from qlora.hardware import detect
+from qlora.loading import LOCAL, Base, BaseInfo, load_base
 from qlora.prompts import PromptFormat
 
 WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "qlora.json"
+AGAIN = "train again or copy it again"
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Adapter:
     """A checked adapter folder. `prompt` and `base` are None for adapters that other tools trained."""
 
     folder: Path
+    config: dict  # adapter_config.json
     base_model: str  # what --model would take
     prompt: PromptFormat | None
     base: BaseInfo | None
@@ -33,80 +37,105 @@ class Adapter:
 
     @property
     def peft_name(self) -> str:
-        """A name that torch takes for a module: no dots in it, and none of its own attributes (a folder may be called `training`)."""
+        """As torch wants a module's name: no dots, no attribute of its own (a folder may be `training`)."""
         return "adapter_" + self.name.encode().hex()
+
+    @property
+    def revision(self) -> str | None:
+        """The base's hub commit: the hub's main branch may have moved on since."""
+        return (self.base and self.base.revision) or None
 
 
 def save_notes(folder: Path, prompt: PromptFormat, base: BaseInfo, dataset: dict) -> None:
-    """qlora.json: the prompt travels with the adapter, and so does the identity of the base it was trained on."""
-    notes = {"prompt": prompt.to_json(), "base": asdict(base), "dataset": dataset}
+    """qlora.json: the prompt and the identity of the base travel with the adapter."""
+    notes = {"prompt": asdict(prompt), "base": asdict(base), "dataset": dataset}
     (folder / NOTES).write_text(json.dumps(notes, indent=2) + "\n")
 
 
 def read_adapter(folder: Path) -> Adapter:
     """Check an adapter folder without loading a model; raises UserError (UsageError if it is not there)."""
-    if not folder.is_dir():
-        raise UsageError(f"--adapter {folder}: no such folder; train one with `python qlora_finetune.py` (qlora_inference.py also takes --adapter none: the base alone)")
+    name = f"--adapter {folder}"
+    require(folder.is_dir(), f"{name}: no such folder; train first (qlora_finetune.py), or --adapter none")
     if not (folder / CONFIG).is_file():
-        raise UserError(f"--adapter {folder}: no {CONFIG} in it; is the training run complete? (python qlora_finetune.py --resume)")
+        raise UserError(f"{name}: no {CONFIG} in it; if the run was stopped: qlora_finetune.py --resume")
     if not (folder / WEIGHTS).is_file():
-        pickles = [p.name for p in folder.glob("*.bin")]
-        if pickles:
-            raise UserError(f"--adapter {folder}: only {pickles[0]}, a pickle, which can run code; it is not loaded: save it as safetensors")
-        raise UserError(f"--adapter {folder}: no {WEIGHTS} in it; the adapter is incomplete: train again or copy it again")
-    config = _json(folder / CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"--adapter {folder}: {CONFIG} describes no LoRA adapter (peft_type {config.get('peft_type')}); train again or copy it again")
+        if pickles := [p.name for p in folder.glob("*.bin")]:
+            raise UserError(f"{name}: {pickles[0]} is a pickle, which can run code; save it as safetensors")
+        raise UserError(f"{name}: no {WEIGHTS} in it, so it is incomplete; {AGAIN}")
+    config = read_json(folder / CONFIG, AGAIN)
+    if (kind := config.get("peft_type")) != "LORA":
+        raise UserError(f"{name}: {CONFIG} describes no LoRA adapter (peft_type {kind}); {AGAIN}")
     check_weights(folder / WEIGHTS)
     if not (folder / NOTES).is_file():
-        return Adapter(folder, config.get("base_model_name_or_path") or "", None, None, {})
-    notes = _json(folder / NOTES)
+        return Adapter(folder, config, config.get("base_model_name_or_path") or "", None, None, {})
+    notes = read_json(folder / NOTES, AGAIN)
     try:
         base, prompt = BaseInfo(**notes["base"]), PromptFormat.from_json(notes["prompt"])
     except (KeyError, TypeError):
-        raise UserError(f"--adapter {folder}: {NOTES} lacks what this version writes; train again") from None
-    # A file or folder was perhaps named from another folder; its whole path is known.
+        raise UserError(f"{name}: {NOTES} lacks what this version writes; train again") from None
+    # The base was perhaps named relative to another folder; its whole path is known.
     whole = Path(base.public_name)
-    return Adapter(folder, base.public_name if whole.is_absolute() and whole.exists() else base.name, prompt, base, notes.get("dataset", {}))
+    base_model = base.public_name if whole.is_absolute() and whole.exists() else base.name
+    return Adapter(folder, config, base_model, prompt, base, notes.get("dataset", {}))
 
 
 def check_weights(path: Path) -> None:
     """Refuse a file that is cut short, empty, or holds NaN or infinity."""
+    name = f"--adapter {path.parent}: {path.name}"
     try:
-        with safe_open(path, "pt") as file:
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"--adapter {path.parent}: {path.name} is damaged or cut short ({error}); train again or copy it again") from None
-    if not any(math.prod(t.shape) for t in tensors.values()):
-        raise UserError(f"--adapter {path.parent}: {path.name} holds no weights; train again or copy it again")
-    bad = [name for name, t in tensors.items() if not torch.isfinite(t.float()).all()]
-    if bad:
-        raise UserError(f"--adapter {path.parent}: NaN or infinity in {len(bad)} of {len(names)} matrices (first: {bad[0]}); the run diverged, lower --learning-rate")
+        raise UserError(f"{name} is damaged or cut short ({error}); {AGAIN}") from None
+    if not any(t.numel() for t in tensors.values()):
+        raise UserError(f"{name} holds no weights; {AGAIN}")
+    if bad := [key for key, t in tensors.items() if not torch.isfinite(t.float()).all()]:
+        found = f"NaN or infinity in {len(bad)} of {len(tensors)} matrices (first: {bad[0]})"
+        raise UserError(f"{name}: {found}; the run diverged, lower --learning-rate")
 
 
 def check_base(adapter: Adapter, base: BaseInfo) -> str | None:
-    """Refuse a base with another architecture or other weights; returns a warning where only the precision differs."""
+    """Refuse a base of another architecture or revision; return a warning where the precision differs."""
     trained = adapter.base
     if trained is None:
         return f"{adapter.name} has no {NOTES}: the prompt that it was trained with is unknown"
-    if trained.config_sha256 != base.config_sha256:
-        raise UserError(
-            f"--adapter {adapter.folder} was trained on {trained.name} (config {trained.config_sha256[:12]}), "
-            f"but the base is {base.name} (config {base.config_sha256[:12]}); use --model {trained.name}"
-        )
-    if trained.revision != base.revision:
-        raise UserError(
-            f"--adapter {adapter.folder} was trained on revision {trained.revision[:24] or '(local folder)'} of {trained.name}, "
-            f"but the base is {base.name} at {base.revision[:24] or '(local folder)'}; use --model {trained.name}"
-        )
-    if (trained.precision, trained.dtype) != (base.precision, base.dtype):
-        return f"trained on {trained.precision}/{trained.dtype}, used on {base.precision}/{base.dtype}: answers can differ"
-    return None
+    for what in ("config_sha256", "revision"):
+        ours, theirs = getattr(trained, what), getattr(base, what)
+        if ours != theirs:
+            was = f"was trained on {trained.name}, {what} {ours[:24] or 'none'}"
+            now = f"the base is {base.name}, {what} {theirs[:24] or 'none'}; use --model {trained.name}"
+            raise UserError(f"--adapter {adapter.folder} {was}, {now}")
+    before, now = f"{trained.precision}/{trained.dtype}", f"{base.precision}/{base.dtype}"
+    return None if before == now else f"trained on {before}, used on {now}: answers can differ"
 
 
-def _json(path: Path) -> dict:
+@contextlib.contextmanager
+def fitting(adapter: Adapter, base: BaseInfo):
+    """Turns what PEFT raises on an adapter of another model into a UserError."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        raise UserError(f"{path} is damaged: not a JSON object; train again or copy it again") from None
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        what = f"does not fit {base.name} ({first_line(error)})"
+        raise UserError(f"--adapter {adapter.folder} {what}") from None
+
+
+def load_trained(adapter: Adapter) -> tuple[torch.nn.Module, Base]:
+    """(PEFT model, base) as the adapter was trained: on its own base, at its own precision."""
+    from peft import PeftModel
+
+    precision = adapter.base.precision if adapter.base else "nf4"
+    base = load_base(adapter.base_model, precision, detect(precision), adapter.revision)
+    check_base(adapter, base.info)
+    with fitting(adapter, base.info):
+        model = PeftModel.from_pretrained(base.model, adapter.folder, adapter_name=adapter.peft_name)
+    make_fast(model)
+    return model.eval(), base
+
+
+def adapter_tokenizer(folder: Path):
+    """The tokenizer saved with an adapter; raises UserError where its files are incomplete."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, **LOCAL)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder}: tokenizer files missing or broken; copy the base's") from None

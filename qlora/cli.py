@@ -1,6 +1,4 @@
-"""Command line: settings from flags, and one clear line for every mistake of the user's."""
-
-from __future__ import annotations
+"""Command line: settings from flags, and one clear line for every mistake of the user."""
 
 import contextlib
 import dataclasses
@@ -10,15 +8,33 @@ import os
 import re
 import signal
 import sys
-from typing import Callable, Sequence, TypeVar
+from collections.abc import Callable, Iterator, Sequence
 
 import tyro
 
-Settings = TypeVar("Settings")
+from config import NAMED_ADAPTERS
+
+# What numbers a flag takes, in every script that has it.
+LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(
+        ("samples", "eval_samples", "batch_size", "grad_accum", "save_steps", "lora_r", "max_new_tokens"),
+        (lambda n: n >= 1, "must be at least 1"),
+    ),
+    "lora_alpha": (lambda n: n > 0, "must be above 0"),
+    "lora_dropout": (lambda n: 0 <= n < 1, "must be at least 0 and below 1"),
+    "epochs": (lambda n: 0 < n < float("inf"), "must be above 0"),
+    "max_steps": (lambda n: n == -1 or n > 0, "must be -1 (off) or at least 1"),
+    "max_length": (lambda n: 8 <= n <= 1 << 20, "must be from 8 to 1,048,576 tokens"),
+    "learning_rate": (lambda n: 0 < n < 1, "must be between 0 and 1"),
+    "seed": (lambda n: 0 <= n < 2**32, "must be between 0 and 2**32 - 1"),
+    "temperature": (lambda n: n >= 0, "must be 0 (greedy) or above"),
+    "top_p": (lambda n: 0 < n <= 1, "must be above 0 and at most 1"),
+    "top_k": (lambda n: n >= 0, "must be 0 (off) or above"),
+}
 
 
 class UserError(Exception):
-    """Something the user can mend. Shown as one line on stderr; the process ends with `exit_code`."""
+    """Something the user can fix. Shown as one line on stderr; the process ends with `exit_code`."""
 
     exit_code = 1
 
@@ -29,9 +45,63 @@ class UsageError(UserError):
     exit_code = 2
 
 
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(message)
+
+
+def first_line(error: Exception) -> str:
+    """Of its message, at most 160 characters; its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__
+
+
 def note(text: str = "") -> None:
     """Progress and explanations go to stderr, so that stdout holds answers only."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def progress(rows: int, title: str) -> Iterator[Callable]:
+    """A progress bar on stderr; yields the function that moves it on by a number of rows."""
+    from tqdm import tqdm
+
+    with tqdm(total=rows, desc=title, unit="row", mininterval=2) as bar:
+        yield bar.update
+
+
+def parse(kind: type, argv: Sequence[str] | None, text: str | None, default=None):
+    """Checked settings of type `kind` from the command line; `text` is for --help.
+
+    `default` replaces the defaults of `kind`. Raises UsageError with one line; exits with 0 after --help.
+    """
+    refuse_long_dashes(kind, argv)
+    captured = io.StringIO()
+    extra = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(captured):
+            settings = tyro.cli(kind, args=argv, description=text, **extra)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UsageError(one_line(captured.getvalue())) from None
+    settings = with_named_adapter(settings)
+    for name, value in vars(settings).items():
+        if name in LIMITS and value is not None:
+            fits, words = LIMITS[name]
+            require(fits(value), f"--{name.replace('_', '-')} {value}: {words}")
+    return settings
+
+
+def with_named_adapter(settings):
+    """--target-modules lite or full stands for modules and a rank; the settings that both mean."""
+    modules = getattr(settings, "target_modules", None)
+    if modules not in NAMED_ADAPTERS:
+        return settings
+    targets, r = NAMED_ADAPTERS[modules]
+    both = f"--target-modules {modules} means r {r}, --lora-r says {settings.lora_r}: leave one out"
+    require(settings.lora_r in (r, type(settings).lora_r), both)
+    return dataclasses.replace(settings, target_modules=targets, lora_r=r)
 
 
 def one_line(boxed: str) -> str:
@@ -42,7 +112,7 @@ def one_line(boxed: str) -> str:
     rows = [re.sub(r"^[│\s]+|[│\s]+$", "", line) for line in boxed.splitlines()[1:]]
     rule = next((i for i, row in enumerate(rows) if row.startswith("──")), len(rows))
     message = " ".join(rows[:rule])
-    # tyro lists an unknown flag's value as if it were a second unknown flag; name the flags only.
+    # tyro lists an unknown flag's value as if it were a second unknown flag: name the flags only.
     if message.startswith("Unrecognized options:"):
         words = [w.strip() for w in message.removeprefix("Unrecognized options:").split(",")]
         message = "unknown flag " + ", ".join([w for w in words if w.startswith("-")] or words)
@@ -53,22 +123,8 @@ def one_line(boxed: str) -> str:
     return f"{message.rstrip('.')} (all flags: --help)"
 
 
-def parse(kind: type[Settings], argv: Sequence[str] | None, description: str | None, default: Settings | None = None) -> Settings:
-    """Settings of type `kind` from the command line; raises UsageError with one line, exits 0 after --help."""
-    refuse_long_dashes(kind, argv)
-    captured = io.StringIO()
-    extra = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(captured):
-            return tyro.cli(kind, args=argv, description=description, **extra)
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UsageError(one_line(captured.getvalue())) from None
-
-
 def refuse_long_dashes(kind: type, argv: Sequence[str] | None) -> None:
-    """'–samples': an editor made one dash out of two. Only names of flags are meant: a prompt may begin with a dash."""
+    """Editors make one long dash out of two (–samples), which would be read as a prompt."""
     flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
     for word in sys.argv[1:] if argv is None else argv:
         meant = "--" + word.lstrip("–—-").split("=")[0].replace("_", "-")
@@ -76,14 +132,12 @@ def refuse_long_dashes(kind: type, argv: Sequence[str] | None) -> None:
             raise UsageError(f"{word} begins with a long dash; type two short ones: {meant}")
 
 
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UsageError(message)
-
-
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Call `main`, turn what went wrong into one line on stderr and an exit code (0, 1, 2 or 130)."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: temporary files go, a server that was started stops
+    """Call `main`; turn what went wrong into one line on stderr and an exit code (0, 1, 2 or 130)."""
+    # SIGTERM as Ctrl-C: temporary files are deleted, a server that was started stops.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    untouched = "what was complete before is untouched; fix this and run again"
+    ways = "lower --batch-size or --max-length, add --gradient-checkpointing, or choose a smaller --model"
     try:
         main(None)
     except UserError as error:
@@ -94,22 +148,20 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except MemoryError:
-        fail("out of memory: lower --batch-size or --max-length, or take a smaller --model", 1)
+        fail(f"out of memory: {ways}", 1)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise
-        fail(f"{os.strerror(error.errno)}: {error.filename or 'while writing'}; what was complete before is untouched, mend this and run again", 1)
-    except Exception as error:  # writers in Rust and C++ raise kinds of their own
-        if disk_full(error):
-            fail(f"{os.strerror(errno.ENOSPC)}: while writing; what was complete before is untouched, mend this and run again", 1)
-        if not isinstance(error, RuntimeError) or "out of memory" not in str(error).lower() and "can't allocate memory" not in str(error):
-            raise
-        fail("out of memory: lower --batch-size or --max-length, add --gradient-checkpointing, or take a smaller --model", 1)
-
-
-def disk_full(error: Exception) -> bool:
-    """safetensors and tokenizers (Rust) quote the system's message; torch.save (C++) names only its own source file."""
-    return "No space left on device" in str(error) or "inline_container.cc" in str(error)
+        fail(f"{os.strerror(error.errno)}: {error.filename or 'while writing'}; {untouched}", 1)
+    except Exception as error:  # writers in Rust and C++ raise their own kinds
+        text = str(error)
+        # safetensors and tokenizers (Rust) quote the system; torch.save (C++) names only its source file.
+        if "No space left on device" in text or "inline_container.cc" in text:
+            fail(f"{os.strerror(errno.ENOSPC)}: while writing; {untouched}", 1)
+        out_of_memory = "out of memory" in text.lower() or "can't allocate memory" in text
+        if isinstance(error, RuntimeError) and out_of_memory:
+            fail(f"out of memory: {ways}", 1)
+        raise
 
 
 def fail(message: str, code: int) -> None:

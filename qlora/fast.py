@@ -1,21 +1,22 @@
 """Faster training on a CPU, on PEFT's own layers: less copying, the same mathematics.
 
-PEFT's forward of a LoRA layer casts its input to fp32 and back and keeps both copies; bitsandbytes dequantizes each
-4-bit matrix twice a step; torch's CPU flash attention is slow in the backward pass at a few hundred tokens.
-Here the frozen values are dequantized once (2 bytes a parameter: fit for a CPU's memory, not for a GPU's), LoRA's
-products are one autograd function that keeps only its input, short attention is three batched products, and norms and
-gates keep no fp32 copies.
-benchmarks/training_speed.py measures each against the plain stack.
+PEFT's forward of a LoRA layer casts its input to fp32 and back and keeps both copies; bitsandbytes
+dequantizes each 4-bit matrix twice a step; torch's CPU flash attention is slow in the backward pass at a few
+hundred tokens. Here the frozen values are dequantized once (2 bytes a parameter: fit for a CPU's memory, not
+for a GPU's), LoRA's products are one autograd function that keeps only its input, short attention is three
+batched products, and norms and gates keep no fp32 copies. benchmarks/training_speed.py measures each against
+the plain stack.
 """
-
-from __future__ import annotations
 
 import types
 
 import torch
 import torch.nn.functional as F
 
-# Longest row whose attention matrix is made in full; beyond it the blocked kernel wins and memory grows as its square.
+from qlora.logits import causal_lm, loss_at_labels
+from qlora.weights import dequantized
+
+# Longest row whose attention matrix is made in full: it grows as the square, and the blocked kernel wins.
 LONGEST_FULL_ATTENTION = 768
 
 
@@ -39,7 +40,7 @@ class LoraLinear(torch.autograd.Function):
 
 
 class CausalAttention(torch.autograd.Function):
-    """softmax(q k^T s + causal) v with softmax in fp32; q (batch, heads, L, d), k and v (batch, groups, L, d).
+    """softmax(q k^T s + causal) v, softmax in fp32; q (batch, heads, L, d), k and v (batch, groups, L, d).
 
     The heads of a group share k and v: they are stacked along L, so nothing is repeated in memory.
     """
@@ -48,7 +49,7 @@ class CausalAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, bias, scale):
         batch, heads, length, d = q.shape
         groups = k.shape[1]
-        q, k, v = q.reshape(batch * groups, -1, d), k.reshape(batch * groups, length, d), v.reshape(batch * groups, length, d)
+        q, k, v = (x.reshape(batch * groups, -1, d) for x in (q, k, v))
         p = torch.softmax(torch.baddbmm(bias, q, k.mT, alpha=scale), -1, dtype=torch.float32).to(q.dtype)
         ctx.save_for_backward(q, k, v, p)
         ctx.scale, ctx.dims = scale, (batch, heads, groups, length, d)
@@ -66,7 +67,7 @@ class CausalAttention(torch.autograd.Function):
 
 
 class RMSNorm(torch.autograd.Function):
-    """w x / rms(x), keeping x (which the residual keeps anyway) and one number a token instead of fp32 copies of x."""
+    """w x / rms(x), keeping x (the residual keeps it anyway) and one number a token, no fp32 copies of x."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -105,69 +106,90 @@ def causal_bias(heads_per_group: int, length: int, dtype: torch.dtype) -> torch.
     key = (heads_per_group, length, dtype)
     if key not in _bias:
         _bias.clear()  # lengths change from batch to batch; only the layers of one batch share it
-        _bias[key] = torch.full((length, length), float("-inf"), dtype=dtype).triu_(1).repeat(heads_per_group, 1)[None]
+        one_head = torch.full((length, length), float("-inf"), dtype=dtype).triu_(1)
+        _bias[key] = one_head.repeat(heads_per_group, 1)[None]
     return _bias[key]
 
 
 def attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
-    """transformers' attention interface: full causal rows here, everything else (masks, caches) by its own SDPA."""
+    """transformers' attention interface: full causal rows here, all else (masks, caches) by its own SDPA."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     length = q.shape[2]
     whole_rows = attention_mask is None and 1 < length == k.shape[2] <= LONGEST_FULL_ATTENTION
-    plain = not dropout and is_causal is not False and kwargs.get("softcap") is None and kwargs.get("sliding_window") is None
-    if not (whole_rows and plain and q.dtype == torch.bfloat16):
-        return sdpa_attention_forward(module, q, k, v, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
+    special = dropout or is_causal is False or kwargs.get("softcap") or kwargs.get("sliding_window")
+    if special or not whole_rows or q.dtype != torch.bfloat16:
+        kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        return sdpa_attention_forward(module, q, k, v, attention_mask, **kwargs)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     return CausalAttention.apply(q, k, v, causal_bias(q.shape[1] // k.shape[1], length, q.dtype), scale), None
 
 
-def speed_up_base(lm) -> str:
-    """Dequantize the frozen values of a 4-bit model once and take the attention above; returns what was done, in words.
+def make_fast(model) -> str:
+    """Everything that this repository changes in a loaded model's forward; returns what was done, in words.
 
-    Only on a CPU in bf16; the 4-bit weights stay in place, for saving, hashing and merging.
+    Logits at labelled positions only, on every device. On a CPU in bf16 also: frozen values dequantized once,
+    full short attention, norms and gates without fp32 copies, fused LoRA. Call it when the adapters are in.
+    Parameters, state dict and merging stay the libraries' own.
+    """
+    lm = causal_lm(model)
+    loss_at_labels(lm)
+    if lm.device.type != "cpu" or lm.dtype != torch.bfloat16:
+        return "the libraries' own"
+    matrices, size = speed_up_base(lm)
+    speed_up_lora(model)
+    once = f"{matrices} 4-bit matrices dequantized once ({size / 1e6:.0f} MB more), " if matrices else ""
+    return f"for the CPU: {once}short attention in full, LoRA fused"
+
+
+def speed_up_base(lm) -> tuple[int, int]:
+    """Dequantize the frozen values of a 4-bit model once, use the attention above; (matrices, their bytes).
+
+    The 4-bit weights stay in place, for saving, hashing and merging.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    if lm.device.type != "cpu" or lm.dtype != torch.bfloat16:
-        return "the libraries' own"
+    dense = []
     for module in lm.modules():
-        if type(module).__name__ in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm"):
-            module.forward = types.MethodType(lambda self, x: RMSNorm.apply(x, self.weight, self.variance_epsilon), module)
-        if type(module).__name__ in ("LlamaMLP", "MistralMLP", "Qwen2MLP") and lm.config.hidden_act == "silu":
-            module.forward = types.MethodType(lambda self, x: self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x))), module)
-    dense = [_dense(m) for m in lm.modules() if isinstance(m, torch.nn.Linear) and getattr(m.weight, "quant_state", None) is not None]
+        kind = type(module).__name__
+        if kind in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm"):
+            module.forward = types.MethodType(_norm_forward, module)
+        elif kind in ("LlamaMLP", "MistralMLP", "Qwen2MLP") and lm.config.hidden_act == "silu":
+            module.forward = types.MethodType(_mlp_forward, module)
+        elif isinstance(module, torch.nn.Linear) and getattr(module.weight, "quant_state", None) is not None:
+            module.dequantized = dequantized(module).to(torch.bfloat16)
+            module.forward = types.MethodType(_dense_forward, module)
+            dense.append(module.dequantized)
     if lm.config._attn_implementation == "sdpa":
         AttentionInterface.register("causal_products", attention)
         AttentionMaskInterface.register("causal_products", sdpa_mask)
         lm.set_attn_implementation("causal_products")
-    megabytes = sum(m.numel() * m.element_size() for m in dense) / 1e6
-    once = f"{len(dense)} 4-bit matrices dequantized once ({megabytes:.0f} MB more), " if dense else ""
-    return f"for the CPU: {once}short attention in full, LoRA fused"
-
-
-def _dense(linear) -> torch.Tensor:
-    import bitsandbytes as bnb
-
-    linear.dequantized = bnb.functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(torch.bfloat16)
-    linear.forward = types.MethodType(lambda self, x: F.linear(x, self.dequantized.to(x.dtype), self.bias), linear)
-    return linear.dequantized
+    return len(dense), sum(m.nbytes for m in dense)
 
 
 def speed_up_lora(model) -> None:
-    """Give a PEFT model's LoRA layers the fused function; parameters, state dict and switching off stay PEFT's.
+    """Give a PEFT model's LoRA layers the fused function.
 
-    A layer with dropout, DoRA, a merged or more than one active adapter takes PEFT's own forward.
+    A layer with dropout, DoRA, a merged or more than one active adapter keeps PEFT's own forward.
     """
     from peft.tuners.lora import LoraLayer
 
-    lm = model.get_base_model()
-    if lm.device.type != "cpu" or lm.dtype != torch.bfloat16:
-        return
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), torch.nn.Linear):
             layer.forward = types.MethodType(_lora_forward, layer)
+
+
+def _norm_forward(self, x):
+    return RMSNorm.apply(x, self.weight, self.variance_epsilon)
+
+
+def _mlp_forward(self, x):
+    return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def _dense_forward(self, x):
+    return F.linear(x, self.dequantized.to(x.dtype), self.bias)
 
 
 def _lora_forward(self, x, *args, **kwargs):
@@ -175,12 +197,15 @@ def _lora_forward(self, x, *args, **kwargs):
     name = adapters[0] if len(adapters) == 1 else None
     frozen = getattr(self.get_base_layer(), "dequantized", self.get_base_layer().weight)
     simple = (
-        name in self.lora_A and not (args or kwargs) and not self.disable_adapters and not self.merged
-        and name not in self.lora_variant and x.dtype == frozen.dtype == torch.bfloat16
+        name in self.lora_A
+        and not (args or kwargs or self.disable_adapters or self.merged)
+        and name not in self.lora_variant
+        and x.dtype == frozen.dtype == torch.bfloat16
         and not (self.training and getattr(self.lora_dropout[name], "p", 0.0))
     )
     if not simple:
         return type(self).forward(self, x, *args, **kwargs)
     a, b = self.lora_A[name].weight, self.lora_B[name].weight
-    y = LoraLinear.apply(x.reshape(-1, x.shape[-1]), frozen, self.get_base_layer().bias, a, b, self.scaling[name])
+    flat = x.reshape(-1, x.shape[-1])
+    y = LoraLinear.apply(flat, frozen, self.get_base_layer().bias, a, b, self.scaling[name])
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,15 +1,15 @@
 """Which device, which compute dtype, and why."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.metadata
 import platform
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import psutil
 import torch
 
+from config import PRECISIONS
 from qlora.cli import note
 
 
@@ -24,39 +24,35 @@ class Hardware:
     def autocast(self):
         """On a GPU, matrix products in `dtype` although adapters are kept in fp32.
 
-        On a CPU the model is in `dtype` already and qlora/fast.py casts the adapters itself; autocast would only add copies.
+        On a CPU it would only add copies: the model is in `dtype`, and qlora/fast.py casts the adapters.
         """
         sixteen = self.device == "cuda" and self.dtype != torch.float32
         return torch.autocast("cuda", dtype=self.dtype) if sixteen else nullcontext()
 
 
 def detect(precision: str = "nf4") -> Hardware:
-    """The first CUDA device if there is one, else the CPU; bf16 wherever the chip computes in it.
+    """The first CUDA device, else the CPU; computes in a 16 or 32-bit `precision`, else in bf16 if it can."""
+    found, name = _detect(), PRECISIONS[precision]
+    asked = getattr(torch, name) if isinstance(name, str) else found.dtype
+    why = found.why if asked == found.dtype else f"--precision {precision} asks for it"
+    return dataclasses.replace(found, dtype=asked, why=why)
 
-    A 16 or 32-bit `precision` asked for by name is also what is computed in.
-    """
-    found = _detect()
-    asked = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}.get(precision, found.dtype)
-    return found if asked == found.dtype else dataclasses.replace(found, dtype=asked, why=f"--precision {precision} asks for it")
+
+def precision_of(dtype: torch.dtype) -> str:
+    """torch.bfloat16 -> 'bf16'"""
+    return next(name for name, value in PRECISIONS.items() if value == str(dtype).removeprefix("torch."))
 
 
 def _detect() -> Hardware:
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        capability = (properties.major, properties.minor)
-        # torch.cuda.is_bf16_supported() also says yes to emulation (T4), which is several times slower than fp16.
-        bf16 = capability >= (8, 0)
-        return Hardware(
-            device="cuda",
-            name=properties.name,
-            dtype=torch.bfloat16 if bf16 else torch.float16,
-            why=f"compute capability {capability[0]}.{capability[1]}: "
-            + ("bf16 in hardware" if bf16 else "no bf16 in hardware, so fp16 with a gradient scaler and fp32 adapters"),
-            memory_gib=properties.total_memory / 2**30,
-        )
-    dtype, why = cpu_dtype()
-    memory = _cpu_memory_bytes() / 2**30
-    return Hardware("cpu", _cpu_name(), dtype, why, memory)
+    if not torch.cuda.is_available():
+        return Hardware("cpu", _cpu_name(), *cpu_dtype(), psutil.virtual_memory().total / 2**30)
+    card = torch.cuda.get_device_properties(0)
+    # torch.cuda.is_bf16_supported() also says yes to emulation (T4), which is several times slower than fp16.
+    bf16 = (card.major, card.minor) >= (8, 0)
+    dtype = torch.bfloat16 if bf16 else torch.float16
+    why = f"compute capability {card.major}.{card.minor}: "
+    why += "bf16 in hardware" if bf16 else "no bf16, so fp16 with a gradient scaler and fp32 adapters"
+    return Hardware("cuda", card.name, dtype, why, card.total_memory / 2**30)
 
 
 def cpu_dtype() -> tuple[torch.dtype, str]:
@@ -90,7 +86,8 @@ def show(hardware: Hardware) -> None:
     env = environment(hardware)
     note(f"device     {hardware.name}, {hardware.memory_gib:.0f} GiB")
     note(f"dtype      {env['dtype']}: {hardware.why}")
-    note(f"versions   python {env['python']}, torch {env['torch']}, transformers {env['transformers']}, peft {env['peft']}, bitsandbytes {env['bitsandbytes']}")
+    shown = ("python", "torch", "transformers", "peft", "bitsandbytes")
+    note(f"versions   {', '.join(f'{name} {env[name]}' for name in shown)}")
 
 
 def peak_memory_bytes(device: str) -> int:
@@ -104,7 +101,7 @@ def peak_memory_bytes(device: str) -> int:
 
 
 def return_freed_memory() -> None:
-    """Give freed pages back to the system (glibc only): batches of ever new lengths fragment its heap by a gigabyte."""
+    """Give freed pages back to the system (glibc): batches of many lengths fragment its heap by 1 GB."""
     import ctypes
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.system() == "Linux" else None
@@ -119,9 +116,3 @@ def _cpu_name() -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
-
-
-def _cpu_memory_bytes() -> int:
-    import psutil
-
-    return psutil.virtual_memory().total

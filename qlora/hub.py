@@ -1,30 +1,32 @@
 """The Hugging Face hub: snapshots without pickles, and its errors in plain words."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from config import BUNDLED, MODELS
-from qlora.cli import UserError
+from qlora.cli import UserError, first_line
 
 # Weights as safetensors only: unpickling a .bin runs whatever code its author put there.
-WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab*"]
+WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model"]
+WANTED += ["merges.txt", "vocab*"]
 UNWANTED = ["original/*", "consolidated*", "onnx/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.h5"]
+# What huggingface_hub and httpx raise where nothing answers.
+UNREACHABLE = {"LocalEntryNotFoundError", "ConnectionError", "HTTPError"}
 
 
 def snapshot(hub_id: str, revision: str | None) -> tuple[Path, str]:
-    """(folder, commit) of a hub model's config, tokenizer and safetensors; raises UserError with the way out."""
+    """(folder, commit) of a hub model's config, tokenizer and safetensors; UserError says the way out."""
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
-    except Exception as error:  # the hub's client raises its own kinds, httpx's and OSError; explain() re-raises others
+        patterns = {"allow_patterns": WANTED, "ignore_patterns": UNWANTED}
+        folder = Path(snapshot_download(hub_id, revision=revision, **patterns))
+    except Exception as error:  # its own kinds, httpx's and OSError; explain() re-raises others
         raise explain(error, hub_id, "model") from None
     return folder, folder.name  # the cache names a snapshot's folder by its commit
 
 
 def config_file(hub_id: str) -> Path:
-    """A hub model's config.json alone, for planning without weights; raises UserError with the way out."""
+    """A hub model's config.json alone, for planning without weights; UserError says the way out."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -35,31 +37,30 @@ def config_file(hub_id: str) -> Path:
 
 def explain(error: Exception, name: str, kind: str) -> UserError:
     """A UserError for what the hub's client raised; re-raises what has nothing to do with the hub."""
-    from huggingface_hub import errors
-
-    causes = []
-    cause: BaseException | None = error
+    causes, cause = [], error
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    kinds = {type(c).__name__ for c in causes}
-    instead = f"without the hub: --model {BUNDLED}" if kind == "model" else "without the hub: --dataset imdb"
-    if any(isinstance(c, errors.GatedRepoError) for c in causes) or "DatasetNotFoundError" in kinds and "gated" in str(error):
+    kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
+    statuses = {getattr(getattr(cause, "response", None), "status_code", None) for cause in causes}
+    missing = "DatasetNotFoundError" in kinds  # of `datasets`, for gated ones too
+    if "GatedRepoError" in kinds or missing and "gated" in str(error):
         page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
-        return UserError(f"{name} is gated: ask for access at {page}, then `hf auth login`; {instead}")
-    if any(isinstance(c, errors.RepositoryNotFoundError) for c in causes) or "DatasetNotFoundError" in kinds:
+        what = f"{name} is gated: ask for access at {page}, then `hf auth login`"
+    elif "RepositoryNotFoundError" in kinds or missing:
         presets = f"; presets: {', '.join(MODELS)}" if kind == "model" else ""
-        return UserError(f"the hub has no {kind} '{name}' (or it is private and no token is set){presets}; {instead}")
-    if any(isinstance(c, errors.RevisionNotFoundError) for c in causes):
-        return UserError(f"the hub's {name} has no such revision; {instead}")
-    if any(getattr(getattr(c, "response", None), "status_code", None) in (401, 403) for c in causes):
-        return UserError(f"the hub refuses this token for {name}: `hf auth login` again, or unset HF_TOKEN; {instead}")
-    if "HFValidationError" in kinds:
-        return UserError(f"'{name}' is neither a file or folder here nor a hub id (owner/name); {instead}")
-    unreachable = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "ConnectTimeout", "ConnectionError",
-                   "ReadTimeout", "HfHubHTTPError", "ProxyError", "HTTPStatusError", "ReadError", "RemoteProtocolError"}
-    if kinds & unreachable:
-        return UserError(f"the Hugging Face hub can't be reached ({type(error).__name__}) and {name} is not in the cache; {instead}")
-    if kind == "dataset":  # one without data files, with several configurations, with a script, …
-        return UserError(f"--dataset {name} can't be loaded ({(str(error).strip() or type(error).__name__).splitlines()[0][:160]}); {instead}")
-    raise error
+        what = f"the hub has no {kind} '{name}' (or it is private and no token is set){presets}"
+    elif "RevisionNotFoundError" in kinds:
+        what = f"the hub's {name} has no such revision"
+    elif statuses & {401, 403}:
+        what = f"the hub refuses this token for {name}: `hf auth login` again, or unset HF_TOKEN"
+    elif "HFValidationError" in kinds:
+        what = f"'{name}' is neither a file or folder here nor a hub id (owner/name)"
+    elif kinds & UNREACHABLE:
+        what = f"the Hugging Face hub can't be reached ({type(error).__name__}); {name} is not in the cache"
+    elif kind == "dataset":  # one without data files, with several configurations, with a script, …
+        what = f"--dataset {name} can't be loaded ({first_line(error)})"
+    else:
+        raise error
+    instead = f"--model {BUNDLED}" if kind == "model" else "--dataset imdb"
+    return UserError(f"{what}; without the hub: {instead}")

@@ -1,8 +1,8 @@
 """Counting the bytes that tensors hold while real code runs, on tensors with or without data.
 
-Under torch's FakeTensorMode every operator returns tensors of the right shape and dtype and computes nothing. Running
-the real model, loss, backward pass and optimizer on such tensors, and counting their storages, tells what a step will
-hold: for any architecture, in seconds, without weights.
+Under torch's FakeTensorMode every operator returns tensors of the right shape and dtype and computes nothing.
+Running the real model, loss, backward pass and optimizer on such tensors, and counting their storages, tells
+what a step will hold: for any architecture, in seconds, without weights.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import gc
 import math
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +24,7 @@ class LiveBytes(TorchDispatchMode):
 
     A storage counts once, however many views look at it, from the operator that returns it until it is freed.
     `block`: sizes are rounded up to it (the CUDA caching allocator hands out multiples of 512 bytes).
-    `workspace(operator, args, out)`: bytes that a kernel takes inside for itself, which no mode can see.
+    `workspace(operator, args, out)`: bytes that a kernel allocates inside, which no dispatch mode can see.
     """
 
     def __init__(self, block: int = 1, workspace=None):
@@ -38,7 +40,7 @@ class LiveBytes(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
-                self._add(leaf.untyped_storage())
+                self.add(leaf)
         if self.workspace and (extra := self.workspace(function, args, out)):
             self._raise_peak(extra)
         return out
@@ -47,11 +49,23 @@ class LiveBytes(TorchDispatchMode):
         """Count the tensors that Python holds now."""
         for thing in gc.get_objects():
             if issubclass(type(thing), torch.Tensor) and not thing.is_meta:
-                self._add(thing.untyped_storage())
+                self.add(thing)
+
+    def add(self, tensor: torch.Tensor) -> None:
+        """Count a tensor's storage from now on, unless it is counted already."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, self._size(storage)
+        if key in self._seen:
+            return
+        self._seen[key] = [weakref.ref(storage, lambda _: self._drop(key, size)), self.tag]
+        self.live[self.tag] += size
+        self.now += size
+        self._raise_peak(0)
 
     def retag(self, tensor: torch.Tensor, tag: str) -> None:
         """Count a tensor's storage under another tag from now on."""
-        entry, size = self._seen[tensor.untyped_storage()._cdata], self._size(tensor.untyped_storage())
+        storage = tensor.untyped_storage()
+        entry, size = self._seen[storage._cdata], self._size(storage)
         self.live[entry[1]] -= size
         self.live[tag] += size
         entry[1] = tag
@@ -63,15 +77,6 @@ class LiveBytes(TorchDispatchMode):
     def _size(self, storage) -> int:
         return math.ceil(storage.nbytes() / self.block) * self.block
 
-    def _add(self, storage) -> None:
-        key, size = storage._cdata, self._size(storage)
-        if key in self._seen:
-            return
-        self._seen[key] = [weakref.ref(storage, lambda _: self._drop(key, size)), self.tag]
-        self.live[self.tag] += size
-        self.now += size
-        self._raise_peak(0)
-
     def _drop(self, key: int, size: int) -> None:
         self.live[self._seen.pop(key)[1]] -= size
         self.now -= size
@@ -79,3 +84,38 @@ class LiveBytes(TorchDispatchMode):
     def _raise_peak(self, extra: int) -> None:
         if self.now + extra > self.peak:
             self.peak, self.at_peak = self.now + extra, {**self.live, "workspace": extra}
+
+
+class StepPeak:
+    """The most bytes that tensors held at once in any training step so far: `bytes`.
+
+    On a GPU torch's allocator knows it. On a CPU LiveBytes counts. That is slow, so only steps that are wider
+    than any counted before are counted.
+    """
+
+    def __init__(self, device: str):
+        self.device = device
+        self.bytes = 0
+        self._widest = 0
+
+    @contextmanager
+    def watch(self, width: int, steady: bool) -> Iterator[None]:
+        """Around one step on rows of `width` tokens; `steady`: the optimizer has its state already.
+
+        The first step has none yet, so after it the next one is counted too, whatever its width.
+        """
+        if self.device == "cuda":
+            if not self._widest:  # what loading and scoring took before is no training step's
+                torch.cuda.reset_peak_memory_stats()
+                self._widest = width
+            yield
+            self.bytes = max(self.bytes, torch.cuda.max_memory_allocated())
+        elif width <= self._widest:
+            yield
+        else:
+            self._widest = width if steady else 0
+            live = LiveBytes()
+            live.count_existing()
+            with live:
+                yield
+            self.bytes = max(self.bytes, live.peak)

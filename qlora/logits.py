@@ -1,10 +1,8 @@
 """Logits only where they are needed.
 
-A causal language model's own forward makes batch x tokens x vocabulary logits. With a 49k vocabulary and 8 x 256
-tokens that is 0.4 GB in fp32, three times over in the backward pass, for two or three supervised positions a row.
+A causal language model's own forward makes batch x tokens x vocabulary of them. With a 49k vocabulary and
+8 x 256 tokens that is 0.4 GB in fp32, three times in the backward pass, for two or three labels a row.
 """
-
-from __future__ import annotations
 
 import types
 
@@ -14,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from config import CHUNK_POSITIONS
-from qlora.prompts import IGNORE
+
+IGNORE = -100  # label of a position that is not trained on (torch's cross_entropy ignores it)
 
 
 def causal_lm(model):
@@ -25,18 +24,26 @@ def causal_lm(model):
 def hidden_states(model, input_ids, **kwargs):
     """Output of the decoder before the head: last_hidden_state (batch, tokens, hidden), past_key_values.
 
-    No attention mask is passed: rows are padded on the right, and under causal attention a real token never
-    sees what comes after it. So every row takes the mask-free kernel.
+    Rows are padded on the right, where a real token never looks: no attention mask, so the faster kernel.
     """
     lm = causal_lm(model)
     return getattr(lm, lm.base_model_prefix)(input_ids=input_ids, **kwargs)
 
 
+@torch.no_grad()
+def last_logits(model, input_ids, autocast) -> torch.Tensor:
+    """Logits (batch, vocabulary) in fp32 after each row's last position, in evaluation mode."""
+    model.eval()
+    with autocast():
+        hidden = hidden_states(model, input_ids, use_cache=False).last_hidden_state[:, -1]
+        return causal_lm(model).get_output_embeddings()(hidden).float()
+
+
 def labelled_positions(hidden, labels):
-    """hidden (batch, tokens, width) -> ((labelled, width), their targets): each position predicts the next token."""
+    """hidden (batch, tokens, width) -> ((labelled, width), their targets, each the position's next token)."""
     targets = labels[:, 1:]
     labelled = targets != IGNORE
-    # Selecting copies the few rows that matter; a slice would leave strides that make the head a batched product.
+    # Selecting copies the few rows that matter; a slice's strides would make the head a batched product.
     return hidden[:, :-1][labelled], targets[labelled]
 
 
@@ -45,8 +52,9 @@ def loss_at_labels(lm, pick=labelled_positions) -> None:
 
     The loss is the model's own: mean cross-entropy over labelled positions, or their sum divided by
     `num_items_in_batch` when the Trainer gives it (so that gradient accumulation weighs every token alike).
-    Put on the model, not into a Trainer subclass, so that DDP and FSDP still see one forward call. `pick` is another
-    where shapes have to be known before there are labels (memory.py).
+    It is put on the model, not into a Trainer subclass, so that DDP and FSDP still see one forward call.
+    transformers' own logits_to_keep takes the same positions for every row and keeps all of an `lm` row's
+    logits. `pick` is another function where shapes have to be known before there are labels (memory/step.py).
     """
     original, head = lm.forward, lm.get_output_embeddings()
 
@@ -56,7 +64,8 @@ def loss_at_labels(lm, pick=labelled_positions) -> None:
         kwargs.pop("use_cache", None)
         hidden = hidden_states(self, input_ids, use_cache=False, **kwargs).last_hidden_state
         picked, targets = pick(hidden, labels)
-        total = sum(_chunk_loss(head, h, t) for h, t in zip(picked.split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS)))
+        chunks = zip(picked.split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS))
+        total = sum(_chunk_loss(head, h, t) for h, t in chunks)
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 

@@ -1,0 +1,136 @@
+"""The same questions, asked of GGUF files through a llama-server, over HTTP as any client would."""
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ladder import SPEED, Replies
+from qlora.cli import UserError, progress
+from qlora.prompts import TEMPLATE_VARIABLES
+from reference import Questions
+from settings import BIN
+
+TOP = 1000  # likeliest next tokens that a server is asked for; the rest of the vocabulary counts as one
+PATIENCE_SECONDS = 600  # a 70B read from a slow disk; a crash is noticed at once
+
+
+def ask_server(name: str, files: Sequence[Path], questions: Questions) -> Replies:
+    """Replies of a model file with LoRA files on it; raises UserError if the server fails."""
+    rows, free_next, free = [], [], []
+    bar = progress(len(questions.reviews) + len(questions.free), name)
+    with Server(files[0], files[1:], questions.context) as server, bar as step:
+        for messages in questions.reviews:
+            rows.append(server.chat(messages, 1, TOP))
+            step(1)
+        for messages in questions.free:
+            free_next.append(server.chat(messages, 1, TOP)["top"])
+            free.append(server.chat(messages, questions.free_tokens))
+            step(1)
+    odds = []
+    for ids, logprobs in (row["top"] for row in rows):
+        found, least = dict(zip(ids, logprobs)), min(logprobs)  # what is not listed is at most as likely
+        no, yes = (found.get(token, least) for token in questions.answer_ids)
+        odds.append(yes - no)
+    read, written = ([reply["timings"] for reply in replies] for replies in (rows, free))
+    prefill = sum(t["prompt_n"] for t in read) / sum(t["prompt_ms"] for t in read)
+    decode = sum(t["predicted_n"] - 1 for t in written) / sum(t["predicted_ms"] for t in written)
+    speed = dict(zip(SPEED, (server.load_seconds, 1000 * prefill, 1000 * decode)))
+    prompts, texts = [reply["prompt"] for reply in rows + free], [reply["text"] for reply in free]
+    return Replies(prompts, np.array(odds), [row["top"] for row in rows], free_next, texts, speed)
+
+
+class Server:
+    """llama-server on `model` with `loras` applied, one request at a time, `context` tokens.
+
+    `load_seconds` is the time from the start of the process until it is ready, warm-up included. Raises
+    UserError with the server's own words if it does not get that far.
+    """
+
+    def __init__(self, model: Path, loras: Sequence[Path] = (), context: int = 1024):
+        self.command = [str(BIN / "llama-server"), "-m", str(model), "-c", str(context), "--parallel", "1"]
+        self.command += ["--host", "127.0.0.1", "--offline", "--no-ui", "--cache-ram", "0"]
+        self.command += ["--skip-chat-parsing", "--chat-template-kwargs", json.dumps(TEMPLATE_VARIABLES)]
+        if loras:  # quoted: a path may hold a comma
+            self.command += ["--lora", ",".join(f'"{lora}"' for lora in loras)]
+
+    def __enter__(self) -> "Server":
+        self.log = tempfile.NamedTemporaryFile()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        # llama-server also takes settings and keys from the environment.
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("LLAMA_", "AIP_"))}
+        started = time.perf_counter()
+        command = [*self.command, "--port", str(self.port)]
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=env)
+        try:
+            while not any(" listening on " in line for line in self.said()):
+                if self.process.poll() is not None or time.perf_counter() - started > PATIENCE_SECONDS:
+                    raise UserError(f"llama-server did not start ({self.first_error()})")
+                time.sleep(0.02)
+        except BaseException:
+            self.__exit__()
+            raise
+        self.load_seconds = time.perf_counter() - started
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+    def said(self) -> list[str]:
+        return Path(self.log.name).read_text(errors="replace").splitlines()
+
+    def first_error(self) -> str:
+        lines = [line.strip() for line in self.said() if line.strip()]
+        errors = [line for line in lines if "error" in line.lower() or "failed" in line.lower()]
+        return (errors or lines or ["no output"])[0][:300]
+
+    def post(self, path: str, body: dict) -> dict:
+        """The JSON reply to a JSON request; raises UserError with the server's own message if it refuses."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_SECONDS)
+        try:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            text = reply.read().decode(errors="replace")
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"llama-server has stopped ({error}; {self.first_error()})") from None
+        finally:
+            connection.close()
+        if reply.status != 200:
+            raise UserError(f"llama-server refused {path}: {text[:300]}")
+        return json.loads(text)
+
+    def prompt_ids(self, messages: list[dict]) -> list[int]:
+        """Token ids that the server makes of a conversation: the file's chat template, then its tokenizer."""
+        text = self.post("/apply-template", {"messages": messages})["prompt"]
+        asked = {"content": text, "add_special": True, "parse_special": True}
+        return self.post("/tokenize", asked)["tokens"]
+
+    def chat(self, messages: list[dict], tokens: int, top: int = 0) -> dict:
+        """Greedy reply: {prompt: token ids, text, timings, top: (ids, logprobs) of likely first tokens}.
+
+        Without `top` it goes on over end tokens, for timings. Nothing is reused from earlier requests.
+        """
+        prompt = self.prompt_ids(messages)
+        body = {"messages": messages, "max_tokens": tokens, "temperature": 0, "cache_prompt": False}
+        body |= {"logprobs": True, "top_logprobs": top} if top else {"ignore_eos": True}
+        reply = self.post("/v1/chat/completions", body)
+        if (read := reply["usage"]["prompt_tokens"]) != len(prompt):
+            raise UserError(f"llama-server read {read} tokens of a prompt that it splits into {len(prompt)}")
+        choice = reply["choices"][0]
+        positions = (choice.get("logprobs") or {}).get("content")
+        if top and not positions:  # the likeliest token is half of a character
+            raise UserError("llama-server gave no probabilities: a label must begin with a whole character")
+        likeliest = [(t["id"], t["logprob"]) for t in positions[0]["top_logprobs"]] if top else []
+        text = choice["message"]["content"]
+        return {"prompt": prompt, "text": text, "timings": reply["timings"], "top": tuple(zip(*likeliest))}

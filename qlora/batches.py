@@ -1,0 +1,100 @@
+"""Rows -> token ids and labels -> padded batches."""
+
+import jinja2
+import torch
+
+from qlora import prompts as p
+from qlora.cli import UsageError, UserError, note
+from qlora.data import Row
+from qlora.logits import IGNORE
+
+
+def encode_rows(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -> list[dict]:
+    """[{input_ids, labels}]; `what` names the rows in messages.
+
+    Rows that can't be shortened and exceed max_length are skipped, and a note says how many.
+    """
+
+    encode = {
+        "sentiment": lambda row: p.sentiment_example(tokenizer, prompt, row.text, row.label),
+        "lm": lambda row: p.lm_example(tokenizer, row.text, prompt.max_length),
+        "chat": lambda row: p.chat_example(tokenizer, row.messages),
+    }[prompt.objective]
+    try:
+        made = [dict(zip(("input_ids", "labels"), encode(row))) for row in rows]
+    except jinja2.TemplateError as error:  # many templates raise where the roles do not alternate
+        refusal = f"this model's chat template refuses a {what} row ({error})"
+        raise UserError(f"{refusal}; do its roles alternate, user first?") from None
+    kept = [e for e in made if len(e["input_ids"]) <= prompt.max_length]
+    if not kept:
+        shortest = min(len(e["input_ids"]) for e in made)
+        raise UsageError(f"--max-length {prompt.max_length}: the shortest {what} row has {shortest} tokens")
+    if skipped := len(made) - len(kept):
+        note(f"note       skipped {skipped} {what} rows longer than --max-length {prompt.max_length}")
+    return kept
+
+
+def show_labels(tokenizer, example: dict, edge: int = 6) -> None:
+    """X-ray of one row: which tokens are only read (.), and which are learned (+)."""
+    rows = list(zip(example["input_ids"], example["labels"]))
+    learned = sum(label != IGNORE for _, label in rows)
+    note(f"labels     first training row: {len(rows)} tokens, {learned} learned (+), the rest only read (.)")
+    skip = range(edge, len(rows) - 2 * edge) if len(rows) > 4 * edge else range(0)
+    for i, (token, label) in enumerate(rows):
+        if i not in skip:
+            mark = "+" if label != IGNORE else "."
+            note(f"           {mark} {i:4d}  {token:6d}  {tokenizer.decode([token])!r}")
+        elif i == skip.start:
+            note(f"             … {len(skip)} more")
+
+
+class LengthBatches(torch.utils.data.Sampler):
+    """Order of rows in which neighbours have about the same length, so that batches need little padding.
+
+    Rows are shuffled, cut into windows of 50 batches, sorted by length inside a window, and the batches are
+    shuffled again. The longest batch comes first: what does not fit into memory fails at once. The order
+    depends on seed and epoch alone, so a resumed run sees the same batches. (transformers'
+    LengthGroupedSampler has no seed by epoch.)
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        window = 50 * self.batch_size
+        batches = []
+        for start in range(0, len(order), window):
+            by_length = sorted(order[start : start + window], key=lambda i: -self.lengths[i])
+            batches += [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
+        # At most one batch is short. It goes last, because the Trainer cuts the order into batches itself.
+        whole = [b for b in batches if len(b) == self.batch_size]
+        rest = [b for b in batches if len(b) < self.batch_size]
+        shuffled = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
+        longest = max(whole, key=lambda b: self.lengths[b[0]], default=None)
+        shuffled.sort(key=lambda b: b is not longest)
+        return iter([i for batch in shuffled + rest for i in batch])
+
+
+def collate(examples: list[dict], pad_id: int, multiple: int = 1) -> dict:
+    """input_ids and labels (batch, tokens), padded on the right to a `multiple`; real_tokens: their number.
+
+    Padding is masked by position, never by token id: where the pad token is the end token (as in many GGUF
+    files), masking by id would hide the end of every answer and the model would never learn to stop.
+    """
+    longest = max(len(e["input_ids"]) for e in examples)
+    longest += -longest % multiple
+    input_ids = torch.full((len(examples), longest), pad_id)
+    labels = torch.full((len(examples), longest), IGNORE)
+    for row, example in enumerate(examples):
+        input_ids[row, : len(example["input_ids"])] = torch.tensor(example["input_ids"])
+        labels[row, : len(example["labels"])] = torch.tensor(example["labels"])
+    real_tokens = sum(len(e["input_ids"]) for e in examples)
+    return {"input_ids": input_ids, "labels": labels, "real_tokens": real_tokens}

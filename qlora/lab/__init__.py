@@ -1,0 +1,1 @@
+"""The quantization lab: what the demo script prints, one idea a file."""

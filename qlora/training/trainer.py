@@ -1,0 +1,218 @@
+"""What HF's Trainer lacks: batches by length, checkpoints that are complete or absent, Ctrl-C."""
+
+import contextlib
+import json
+import shutil
+import signal
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback
+
+from config import KEEP_CHECKPOINTS, PAD_MULTIPLE
+from qlora.batches import LengthBatches, collate
+from qlora.cli import note
+from qlora.files import publish, scratch, sha256_of
+from qlora.hardware import peak_memory_bytes, return_freed_memory
+from qlora.live_bytes import StepPeak
+from qlora.training.guards import Guards, all_matrices_learn, check_step
+from qlora.training.run_folder import Run
+
+MANIFEST, MEASURED = "complete.json", "measured.json"
+
+
+class Counts:
+    """What training takes; in each checkpoint as measured.json, so that a resumed run reports all of it.
+
+    (transformers' include_num_input_tokens_seen needs an attention mask to leave padding out; there is none.)
+    """
+
+    def __init__(self, run_started: float, device: str):
+        self.processes, self.real_tokens, self.earlier = 1, 0, {}
+        self.run_started, self.train_started = run_started, time.perf_counter()
+        self.device, self.peak = device, StepPeak(device)  # peak: of tensors, in a training step
+
+    def measured(self) -> dict:
+        now, before = time.perf_counter(), self.earlier
+        return {
+            "processes": self.processes,
+            "run_seconds": now - self.run_started + before.get("run_seconds", 0),
+            "seconds": now - self.train_started + before.get("seconds", 0),
+            "real_tokens": self.real_tokens,
+            "peak_bytes": self.peak.bytes,
+            "process_peak_bytes": max(peak_memory_bytes(self.device), before.get("process_peak_bytes", 0)),
+        }
+
+    def go_on_from(self, earlier: dict) -> None:
+        self.earlier, self.processes = earlier, earlier["processes"] + 1
+        self.real_tokens, self.peak.bytes = earlier["real_tokens"], earlier["peak_bytes"]
+
+
+class QLoRATrainer(Trainer):
+    """HF's Trainer with batches by length, staged checkpoints, counts of unpadded tokens and live bytes."""
+
+    def __init__(self, model, args, train_dataset: list[dict], base, run: Run, guards: Guards):
+        self.guards, self.run, self.counts = guards, run, Counts(run.started, args.device.type)
+        self.interrupt, self._staging = Interrupt(), None
+        self.watch = Watch(guards, self.counts, self.interrupt)
+        collator = partial(collate, pad_id=base.tokenizer.pad_token_id, multiple=PAD_MULTIPLE)
+        super().__init__(model, args, collator, train_dataset, processing_class=base.tokenizer)
+        self.add_callback(self.watch)
+        self.remove_callback(PrinterCallback)
+
+    def train_or_resume(self) -> dict:
+        """Train from the last complete checkpoint, or from the start; returns what it took, see Counts.
+
+        Raises KeyboardInterrupt, which says how to continue, after Ctrl-C; the state is saved then.
+        """
+        with self.interrupt:
+            checkpoint = last_complete(self.run.out)
+            if checkpoint:
+                note(f"resuming from {checkpoint}")
+            try:
+                if not (checkpoint and self._restore(checkpoint)):
+                    self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:
+                self.watch.close()  # an error message starts on a line of its own
+        if self.interrupt.asked:
+            step = self.state.global_step
+            raise KeyboardInterrupt(f"saved at step {step}; continue with: {self.run.resume_command}")
+        return self.counts.measured()
+
+    @property
+    def history(self) -> list[dict]:
+        """[{step, loss, grad_norm, learning_rate, ...}], one for each optimizer step of the whole run."""
+        return [logged for logged in self.state.log_history if "loss" in logged]
+
+    def _restore(self, checkpoint: Path) -> bool:
+        """Count on from where the process that wrote `checkpoint` was; True if no step is left to do."""
+        earlier = json.loads((checkpoint / MEASURED).read_text())
+        self.counts.go_on_from(earlier)
+        self.guards.results += earlier["guards"]
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < state.max_steps:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        return True
+
+    def _get_train_sampler(self, train_dataset=None):
+        lengths = [len(e["input_ids"]) for e in self.train_dataset]
+        return LengthBatches(lengths, self.args.train_batch_size, self.args.seed)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.counts.real_tokens += inputs.pop("real_tokens")
+        width = inputs["input_ids"].shape[1]
+        with self.counts.peak.watch(width, steady=self.state.global_step > 0):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _get_output_dir(self, trial):
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial):
+        """Write aside, list every file with its hash, then rename: a checkpoint is complete or absent."""
+        out, name = self.run.out, f"checkpoint-{self.state.global_step}"
+        with scratch(out) as self._staging:
+            made = self._staging / name
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            # It looks once, in a process's third update: a resumed run takes the result over.
+            measured = self.counts.measured() | {"guards": self.guards.of("all_matrices_learn")}
+            (made / MEASURED).write_text(json.dumps(measured))
+            files = [path for path in sorted(made.rglob("*")) if path.is_file()]
+            hashes = {str(path.relative_to(made)): sha256_of(path) for path in files}
+            (made / MANIFEST).write_text(json.dumps(hashes))
+            shutil.rmtree(out / name, ignore_errors=True)
+            publish(made, out / name)
+        # Checkpoints of later steps were skipped when the run began: damaged, or of an older version.
+        kept = [folder for folder in checkpoints(out) if step_of(folder) <= self.state.global_step]
+        for old in set(checkpoints(out)) - set(kept[:KEEP_CHECKPOINTS]):
+            shutil.rmtree(old)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    numbered = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(numbered, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def last_complete(out: Path) -> Path | None:
+    """Newest checkpoint whose files all have the hashes of its manifest; the others are named and skipped."""
+    for folder in checkpoints(out):
+        with contextlib.suppress(OSError, ValueError):
+            hashes = json.loads((folder / MANIFEST).read_text())
+            if MEASURED in hashes and all(sha256_of(folder / name) == hashes[name] for name in hashes):
+                return folder
+        note(f"{folder} is incomplete, damaged or of an older version: skipped")
+    return None
+
+
+class Interrupt:
+    """Ctrl-C (and SIGTERM) once: finish the step, save, stop. Twice: stop at once."""
+
+    def __init__(self):
+        self.asked, self._before = False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt("stopped without saving; go on from the last checkpoint with --resume")
+        self.asked = True
+        note("\nstopping after this step and saving; press Ctrl-C again to stop at once")
+
+
+class Watch(TrainerCallback):
+    """Progress, and the guards that look during training."""
+
+    def __init__(self, guards: Guards, counts: Counts, interrupt: Interrupt):
+        self.guards, self.counts, self.interrupt = guards, counts, interrupt
+        self.bar, self.updates, self.checked = None, 0, False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        done = {"total": state.max_steps, "initial": state.global_step}
+        self.bar = tqdm(desc="train", unit="step", mininterval=2, **done)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        # Warm-up starts at a rate of zero, so B leaves zero in the second update; A's gradient is zero while
+        # B is. With a scaler (fp16) an update whose gradients overflowed is skipped: look at the next.
+        self.updates += 1
+        due = self.updates >= 3 and not self.checked
+        if due and all(p.grad.norm().isfinite() for p in model.parameters() if p.grad is not None):
+            self.checked = True
+            all_matrices_learn(self.guards, model)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update(state.global_step - self.bar.n)
+        if args.use_cpu and state.global_step % 20 == 0:
+            return_freed_memory()
+        if self.interrupt.asked:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs:
+            return
+        check_step(self.guards, logs, state.global_step, scaled=args.fp16)
+        took = self.counts.measured()
+        rate = took["real_tokens"] / took["seconds"]
+        self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {rate:.0f} tokens/s")
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.close()

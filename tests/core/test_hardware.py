@@ -1,0 +1,76 @@
+"""Which dtype is chosen on which device; CUDA cards are described by hand, since no GPU runs these tests."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import qlora_finetune
+import quant_llama32_4bit_lora
+from config import DemoSettings, TrainSettings
+from qlora import hardware
+from qlora.memory.plan import default_model
+from qlora.memory.step import Job
+
+
+def card(monkeypatch, major: int, minor: int, gib: float) -> None:
+    properties = SimpleNamespace(name="a card", major=major, minor=minor, total_memory=int(gib * 2**30))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, why",
+    [
+        ((7, 5), torch.float16, "gradient scaler"),
+        ((8, 0), torch.bfloat16, "in hardware"),
+        ((9, 0), torch.bfloat16, "in hardware"),
+    ],
+)
+def test_dtype_by_compute_capability(monkeypatch, capability, dtype, why):
+    card(monkeypatch, *capability, gib=16)
+    found = hardware.detect()
+    assert (found.device, found.dtype) == ("cuda", dtype) and why in found.why
+
+
+def test_a_precision_asked_for_is_also_computed_in(monkeypatch):
+    card(monkeypatch, 8, 0, gib=16)
+    found = hardware.detect("fp16")
+    assert found.dtype == torch.float16 and "--precision fp16" in found.why
+    assert hardware.detect("int8").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "gib, model", [(2, "llama-3.2-1b"), (6, "llama-3.2-1b"), (8, "llama-3.2-3b"), (80, "llama-3.2-3b")]
+)
+def test_model_by_memory(monkeypatch, gib, model):
+    card(monkeypatch, 8, 6, gib)
+    found = hardware.detect()
+    chosen, why = default_model(found)
+    assert chosen == model and why.startswith("the smallest, though") == (gib == 2)
+    assert default_model(found, Job(length=4096))[0] == ("llama-3.2-3b" if gib == 80 else "llama-3.2-1b")
+
+
+def test_a_run_of_longer_rows_may_need_the_smaller_model(monkeypatch):
+    card(monkeypatch, 8, 6, 8)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    for script, settings in (
+        (qlora_finetune, TrainSettings(max_length=1024)),
+        (quant_llama32_4bit_lora, DemoSettings(max_length=1024)),
+    ):
+        script.import_libraries()
+        assert script.choose_model(settings)[0].model == "llama-3.2-1b"
+
+
+@pytest.mark.parametrize(
+    "amx, avx512_bf16, dtype",
+    [(True, True, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)],
+)
+def test_dtype_by_processor(monkeypatch, amx, avx512_bf16, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(hardware.platform, "machine", lambda: "x86_64")
+    found = hardware.detect()
+    assert (found.device, found.dtype) == ("cpu", dtype)
+    assert default_model(found) == ("smollm2-135m", "no CUDA device")

@@ -1,0 +1,226 @@
+"""The hub: what it refuses is told in one line, and what it gives never includes a pickle. It is played by a server on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from conftest import ROOT, SMALL_RUN, script
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REFUSED = {  # by owner; (status, X-Error-Code, X-Error-Message)
+    "meta-llama": (401, "GatedRepo", "Access to model meta-llama is restricted"),
+    "closed": (403, "GatedRepo", "Access to model closed is restricted"),
+    "nobody": (404, "RepoNotFound", "Repository not found"),
+    "expired": (401, "", "Invalid credentials in Authorization header"),
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The three calls that snapshot_download makes: what is the commit, which files are there, give me one."""
+
+    folder = None
+    commit = COMMIT  # of the main branch
+    asked: list[str] = []
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.asked.append(path)
+        parts = path.removeprefix("api/models/").removeprefix("api/datasets/").split("/")
+        if parts[0] in REFUSED and not path.startswith(
+            "api/models/meta-llama"
+        ):  # everyone may list it, few may read it
+            status, code, message = REFUSED[parts[0]]
+            return self.reply(status, b"{}", {"X-Error-Code": code, "X-Error-Message": message})
+        if path.startswith("api/") and "tree" in parts:
+            files = [
+                {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": digest(p)}
+                for p in self.folder.iterdir()
+            ]
+            return self.reply(200, json.dumps(files).encode())
+        if path.startswith("api/models/"):
+            return self.reply(
+                200,
+                json.dumps(
+                    {
+                        "id": "/".join(parts[:2]),
+                        "sha": self.commit if parts[-1] == "main" or "revision" not in parts else parts[-1],
+                        "siblings": [],
+                    }
+                ).encode(),
+            )
+        if "resolve" in parts and (file := self.folder / parts[-1]).is_file():
+            asked = parts[parts.index("resolve") + 1]
+            return self.reply(
+                200,
+                file.read_bytes(),
+                {"ETag": f'"{digest(file)}"', "X-Repo-Commit": self.commit if asked == "main" else asked},
+            )
+        self.reply(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+
+    do_HEAD = do_GET
+
+    def reply(self, status: int, body: bytes, headers: dict = {}):
+        self.send_response(status)
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **headers,
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def digest(path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, tiny_folder):
+    """Environment of a process that takes this server for the hub, and has an empty cache."""
+    Hub.folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("hub") / "tiny")
+    (Hub.folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield environment(tmp_path_factory.mktemp("cache"), server.server_port)
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def unreachable(tmp_path):
+    return environment(tmp_path, 9)  # nobody listens there
+
+
+def environment(cache, port: int) -> dict:
+    return {
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+        "HF_HOME": str(cache),
+        "HF_TOKEN": "",
+        "HF_HUB_OFFLINE": "0",
+        "NO_PROXY": "127.0.0.1",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+
+
+def ask(env: dict, what: str) -> subprocess.CompletedProcess:
+    """Run one call of qlora/hub.py or qlora/data.py in a process of its own, without the rest of a script."""
+    code = f"from qlora.cli import run\ndef main(_):\n    {what}\nrun(main)"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        text=True,
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, **env},
+        timeout=120,
+    )
+
+
+def the_error(done: subprocess.CompletedProcess) -> str:
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr
+    return errors[0]
+
+
+def snapshot_of(env: dict, name: str) -> subprocess.CompletedProcess:
+    return ask(env, f"from qlora.hub import snapshot; print(snapshot({name!r}, None)[0])")
+
+
+def test_a_gated_model_names_both_ways_out(hub):
+    said = the_error(
+        script("qlora_inference.py", "--adapter", "none", "--model", "llama-3.2-1b", "x", env=hub)
+    )
+    assert "https://huggingface.co/meta-llama/Llama-3.2-1B-Instruct" in said and "hf auth login" in said
+    assert "--model smollm2-135m" in said
+
+
+def test_a_gated_model_with_a_token_that_was_not_granted(hub):
+    assert "closed/model is gated" in the_error(snapshot_of({**hub, "HF_TOKEN": "hf_no"}, "closed/model"))
+
+
+def test_an_expired_token(hub):
+    assert "hf auth login" in the_error(snapshot_of({**hub, "HF_TOKEN": "hf_old"}, "expired/model"))
+
+
+def test_paths_that_look_like_hub_ids(hub):
+    assert "'../gone' is neither" in the_error(snapshot_of(hub, "../gone"))
+    assert "../gone" in the_error(ask(hub, "from qlora.data import load_rows; load_rows('../gone')"))
+
+
+def test_a_model_that_does_not_exist(hub):
+    said = the_error(snapshot_of(hub, "nobody/nothing"))
+    assert "the hub has no model 'nobody/nothing'" in said and "presets: smollm2-135m, llama-3.2-1b" in said
+
+
+def test_an_unreachable_hub(unreachable):
+    said = the_error(snapshot_of(unreachable, "tests/tiny"))
+    assert (
+        "can't be reached" in said
+        and "tests/tiny is not in the cache" in said
+        and "--model smollm2-135m" in said
+    )
+
+
+def test_a_dataset_from_an_unreachable_hub(unreachable):
+    # The client waits 23 seconds between its attempts; not here.
+    said = the_error(
+        ask(
+            unreachable,
+            "import time; time.sleep = lambda _: None; from qlora.data import load_rows; load_rows('tests/rows')",
+        )
+    )
+    assert "can't be reached" in said and "--dataset imdb" in said
+
+
+def test_datasets_that_the_hub_refuses(hub):
+    assert "gated" in the_error(ask(hub, "from qlora.data import load_rows; load_rows('meta-llama/rows')"))
+    assert "no dataset 'nobody/rows'" in the_error(
+        ask(hub, "from qlora.data import load_rows; load_rows('nobody/rows')")
+    )
+
+
+def test_a_snapshot_loads_and_leaves_the_pickle(hub, unreachable):
+    flags = ("--adapter", "none", "--model", "tests/tiny", "--max-new-tokens", "3", "hello")
+    done = script("qlora_inference.py", *flags, env=hub)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    fetched = [path for path in Hub.asked if "/resolve/" in path]
+    assert any(path.endswith("model.safetensors") for path in fetched)
+    assert not any(path.endswith(".bin") for path in fetched)
+    # The second time it comes from the cache, with no hub at all.
+    cached = snapshot_of({**unreachable, "HF_HOME": hub["HF_HOME"]}, "tests/tiny")
+    assert cached.returncode == 0 and cached.stdout.strip().endswith(COMMIT), cached.stderr
+
+
+def test_a_resumed_run_stays_at_the_commit_that_it_began_with(hub, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    done = script(
+        "qlora_finetune.py",
+        "--model",
+        "tests/tiny",
+        "--output-dir",
+        out,
+        *SMALL_RUN,
+        "--max-steps",
+        2,
+        env=hub,
+    )
+    assert done.returncode == 0, done.stderr
+    for lost in ("report.json", "qlora.json"):  # as if killed before they were written
+        (out / lost).unlink()
+    monkeypatch.setattr(Hub, "commit", "f" * 40)  # meanwhile, somebody pushed
+    done = script("qlora_finetune.py", "--output-dir", out, "--resume", env=hub)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "qlora.json").read_text())["base"]["revision"] == COMMIT

@@ -1,0 +1,64 @@
+"""Shapes: configs of every preset, skeletons without weights, and what is no config."""
+
+import pytest
+import torch
+
+from config import MODELS
+from qlora.cli import UsageError, UserError
+from qlora.shapes import SHAPES, model_config, skeleton
+
+PUBLISHED = {  # parameters, as the safetensors files on the hub hold them
+    "smollm2-135m": 134_515_008,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "llama-3.1-8b": 8_030_261_248,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-3b": 3_085_938_688,
+    "mistral-7b": 7_248_023_552,
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_presets_shapes_give_its_published_parameters(name):
+    assert skeleton(model_config(name)[0]).num_parameters() == PUBLISHED[name]
+
+
+def test_a_skeleton_holds_no_weights():
+    model = skeleton(model_config("llama-3.1-8b")[0])
+    assert {p.device.type for p in model.parameters()} == {"meta"} and {
+        p.dtype for p in model.parameters()
+    } == {torch.bfloat16}
+
+
+def test_configs_come_from_presets_hub_ids_of_presets_folders_and_files(tiny_folder):
+    assert (
+        model_config("llama-3.2-3b")[0].hidden_size
+        == model_config(MODELS["llama-3.2-3b"])[0].hidden_size
+        == 3072
+    )
+    assert (
+        model_config(str(tiny_folder))[0].hidden_size
+        == model_config(str(tiny_folder / "config.json"))[0].hidden_size
+        == 64
+    )
+
+
+def test_an_unknown_model_names_the_presets(tmp_path):
+    for name in ("nothing", str(tmp_path), str(tmp_path / "config.json")):
+        with pytest.raises(UsageError, match="llama-3.2-1b"):
+            model_config(name)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[1, 2]", "{}", '{"model_type": "no-such-model"}', '{"model_type": "llama", "hidden_size": "wide"}'],
+)
+def test_a_file_that_is_no_config_is_told_in_one_line(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match="not a config"):
+        model_config(str(path))
+
+
+def test_shapes_are_there_for_every_preset():
+    assert SHAPES.keys() == MODELS.keys()
