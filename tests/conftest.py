@@ -1,4 +1,5 @@
-"""Smallest real things: a two-layer random Llama with the bundled tokenizer, a few real reviews, the scripts as a user runs them."""
+"""Smallest real things: a two-layer random Llama with the bundled tokenizer, a few real reviews, the scripts
+as a user runs them."""
 
 from __future__ import annotations
 
@@ -48,19 +49,15 @@ def make_tiny(folder: Path, tokenizer, **overrides) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+    }
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    config |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config["tie_word_embeddings"] = True
     LlamaForCausalLM(LlamaConfig(**{**config, **overrides})).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -28,7 +28,8 @@ def log_prob(model, prompt, answer):
 
 
 def test_wilson_by_hand():
-    # p = 0.9, n = 100, z = 1.96: centre (0.9 + 0.019208) / 1.038416, half-width 1.96 * sqrt(0.0009 + 0.00009604) / 1.038416
+    # p = 0.9, n = 100, z = 1.96: centre (0.9 + 0.019208) / 1.038416, half-width 1.96 * sqrt(0.0009 +
+    # 0.00009604) / 1.038416
     low, high = wilson(90, 100)
     assert low == pytest.approx(0.8852 - 0.0596, abs=1e-3) and high == pytest.approx(
         0.8852 + 0.0596, abs=1e-3
@@ -83,7 +84,8 @@ def test_accuracy_and_confusion_by_hand():
 def test_flips_largest_change_of_mind_first():
     before = np.log([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.3, 0.7]])
     after = np.log([[0.2, 0.8], [0.1, 0.9], [0.9, 0.1], [0.2, 0.8]])
-    # truth: rows 0 and 1 were wrong and are right now (0 swung further), row 2 was right and is wrong, row 3 stays right
+    # truth: rows 0 and 1 were wrong and are right now (0 swung further), row 2 was right and is wrong, row 3
+    # stays right
     assert flips(before, after, [1, 1, 1, 1]) == {"fixed": [0, 1], "broken": [2]}
 
 

@@ -1,4 +1,5 @@
-"""The hub: what it refuses is told in one line, and what it gives never includes a pickle. It is played by a server on this machine."""
+"""The hub: what it refuses is told in one line, and what it gives never includes a pickle. It is played by a
+server on this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ REFUSED = {  # by owner; (status, X-Error-Code, X-Error-Message)
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The three calls that snapshot_download makes: what is the commit, which files are there, give me one."""
+    """The three calls that snapshot_download makes: what is the commit, which files are there, give me
+    one."""
 
     folder = None
     commit = COMMIT  # of the main branch
@@ -68,12 +70,12 @@ class Hub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def reply(self, status: int, body: bytes, headers: dict = {}):
+    def reply(self, status: int, body: bytes, headers: dict | None = None):
         self.send_response(status)
         for name, value in {
             "Content-Type": "application/json",
             "Content-Length": str(len(body)),
-            **headers,
+            **(headers or {}),
         }.items():
             self.send_header(name, value)
         self.end_headers()
@@ -179,7 +181,8 @@ def test_a_dataset_from_an_unreachable_hub(unreachable):
     said = the_error(
         ask(
             unreachable,
-            "import time; time.sleep = lambda _: None; from qlora.data import load_rows; load_rows('tests/rows')",
+            "import time; time.sleep = lambda _: None; "
+            "from qlora.data import load_rows; load_rows('tests/rows')",
         )
     )
     assert "can't be reached" in said and "--dataset imdb" in said

@@ -95,15 +95,17 @@ def test_system_role_refused_by_template_moves_to_user(tokenizer, bundled_folder
     other = AutoTokenizer.from_pretrained(bundled_folder)
     other.chat_template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "[{{ m.role }}] {{ m.content }}{{ eos_token if m.role == 'assistant' else '' }}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+        "[{{ m.role }}] {{ m.content }}{{ eos_token if m.role == 'assistant' else '' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
     text = other.decode(p.sentiment_prompt(other, PROMPT, "Fine."))
     assert text == f"[user] {SENTIMENT_SYSTEM}\n\nFine.\n\nIs this review positive or negative?[assistant] "
 
 
 MISTRAL = (  # the shape of Mistral v0.3's: system text goes to the last message, and only if that is a user's
-    "{{ bos_token }}{% set system = messages[0].content if messages[0].role == 'system' else '' %}{% for m in messages %}"
-    "{% if m.role == 'user' %}[INST] {% if loop.last and system %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{{ bos_token }}{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] "
+    "{% if loop.last and system %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]"
     "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 
@@ -131,7 +133,8 @@ def test_prompt_does_not_change_with_the_date(bundled_folder, monkeypatch):
 
 
 def test_digits_after_white_space_are_split_as_the_model_was_trained(tokenizer):
-    """transformers 5.23 builds this GGUF's tokenizer with GPT-2's rule: three tokens; SmolLM2 and llama.cpp make two of it."""
+    """transformers 5.23 builds this GGUF's tokenizer with GPT-2's rule: three tokens; SmolLM2 and llama.cpp
+    make two of it."""
     assert tokenizer.tokenize("\n\n2") == ["ĊĊ", "2"] and tokenizer.tokenize("a  10") == ["a", "ĠĠ", "1", "0"]
     assert tokenizer.tokenize(" in 1999") == ["Ġin", "Ġ", "1", "9", "9", "9"]
 

@@ -1,4 +1,5 @@
-"""Whatever is given wrongly ends in one line that starts with `error: `, with nothing written and nothing lost."""
+"""Whatever is given wrongly ends in one line that starts with `error: `, with nothing written and nothing
+lost."""
 
 from __future__ import annotations
 
@@ -482,7 +483,8 @@ def test_names_that_torch_does_not_take(tmp_path, trained):
 
 
 def test_rows_that_were_trained_on_are_known_by_their_content(tmp_path, trained, csv):
-    # A copy of the file, named from another folder: held-out rows are still drawn from those that were held out
+    # A copy of the file, named from another folder: held-out rows are still drawn from those that were held
+    # out
     from qlora.data import identity
 
     folder, notes = damaged(trained, tmp_path), json.loads((trained / "qlora.json").read_text())

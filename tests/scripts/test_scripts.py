@@ -12,7 +12,11 @@ SCRIPTS = ("quant_llama32_4bit_lora.py", "qlora_finetune.py", "qlora_inference.p
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_imports_nothing_heavy(name):
-    code = f"import sys, runpy; sys.argv = ['{name}', '--help']\ntry: runpy.run_path('{name}', run_name='__main__')\nexcept SystemExit: print('torch' in sys.modules)"
+    code = (
+        f"import sys, runpy; sys.argv = ['{name}', '--help']\n"
+        f"try: runpy.run_path('{name}', run_name='__main__')\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
     import subprocess
     import sys
 

@@ -50,7 +50,8 @@ def test_all_labels_masked():
 
 
 def test_end_token_masked():
-    # pad = eos and labels masked by token id: the model never learns to stop (unsloth#416, LLaMA-Factory#7943)
+    # pad = eos and labels masked by token id: the model never learns to stop (unsloth#416,
+    # LLaMA-Factory#7943)
     g.end_supervised(g.Guards(), EXAMPLES, {2})
     by_id = [
         {"input_ids": e["input_ids"], "labels": [-100 if i == 2 else i for i in e["labels"]]}
@@ -78,7 +79,8 @@ def test_adapter_not_zero_at_start(model):
 
 
 def test_evaluation_repacks_weights(tiny_folder, model):
-    # bitsandbytes 0.50.2 on AVX512-BF16: the first evaluation repacks Linear4bit in place, gradients are wrong from then on
+    # bitsandbytes 0.50.2 on AVX512-BF16: the first evaluation repacks Linear4bit in place, gradients are
+    # wrong from then on
     g.nothing_repacked(g.Guards(), model, BATCH, nullcontext)
     from bitsandbytes.nn import Linear4bit
 
@@ -110,7 +112,8 @@ def test_evaluation_changes_gradients(model, monkeypatch):
 
 
 def test_loss_shortcut_misses_logit_scaling(model):
-    # Gemma and Cohere cap or scale logits in their own forward; a shortcut around that forward would train on another loss
+    # Gemma and Cohere cap or scale logits in their own forward; a shortcut around that forward would train on
+    # another loss
     guards = g.Guards()
     g.loss_is_models_own(guards, model, BATCH, nullcontext)
     assert guards.results[0]["passed"]

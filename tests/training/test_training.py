@@ -178,7 +178,8 @@ def test_resume_of_a_complete_run_changes_nothing(uninterrupted):
 
 @pytest.mark.parametrize("harm", ["truncate", "delete optimizer", "no manifest", "older version"])
 def test_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, harm, capsys):
-    # transformers#35782: the newest number wins without a check; a missing optimizer is resumed with a fresh one
+    # transformers#35782: the newest number wins without a check; a missing optimizer is resumed with a fresh
+    # one
     out = tmp_path / "copy"
     shutil.copytree(uninterrupted, out)
     newest, older = t.checkpoints(out)
@@ -228,7 +229,8 @@ def test_nan_stops_the_run_with_its_fix(tiny_folder, tmp_path):
 
 
 def test_nan_during_training_is_seen(tiny_folder, tmp_path, monkeypatch):
-    # Trainer's default logs 0 where the loss is NaN (logging_nan_inf_filter): planted in the third step, after all checks
+    # Trainer's default logs 0 where the loss is NaN (logging_nan_inf_filter): planted in the third step,
+    # after all checks
     import qlora_finetune
     from qlora.training.guards import GuardError
 
