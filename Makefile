@@ -24,7 +24,7 @@ figures: .venv/installed  ## fill the measured numbers into README and docs from
 	$(BIN)/python benchmarks/figures.py
 
 # One after the other: they want the machine to themselves. Parity needs llama.cpp/build.sh to have run.
-results: .venv/installed  ## measure everything again (several hours), then fill it in
+results: .venv/installed  ## measure again (several hours; all but the longer run and its transfer), then fill it in
 	@test ! -e qlora-out || { echo "error: move qlora-out/ away: the default run is measured from the start" >&2; exit 1; }
 	$(BIN)/python benchmarks/training_speed.py
 	$(BIN)/python benchmarks/memory_prediction.py

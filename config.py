@@ -130,7 +130,7 @@ class TrainSettings(ModelSettings):
     save_steps: int = 100
     # Where adapter, checkpoints and report go.
     output_dir: Path = Path("qlora-out")
-    # Go on from the last complete checkpoint, or from the start; does nothing if the run is complete.
+    # Continue from the last complete checkpoint, or from the start; does nothing if the run is complete.
     resume: bool = False
     # Delete the earlier run in --output-dir first.
     overwrite: bool = False

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(run) -> None:
     """The whole job, in the order in which it happens."""
     s, machine = choose_model(run.settings)
-    rows, held_out, found = choose_rows(s)
+    rows, held_out, found = choose_rows(s, run.older)
     predicted = plan.predict_run(s, machine, every_token=s.objective == "lm" or found.kind == "chat")
 
     # 1. The frozen base, its linear layers in 4 bits. (load_in_4bit alone would mean fp4.)
@@ -150,9 +150,11 @@ def choose_model(s: TrainSettings):
     return dataclasses.replace(s, model=model), machine
 
 
-def choose_rows(s: TrainSettings):
+def choose_rows(s: TrainSettings, older_run: bool):
     """(training rows, held-out rows, the dataset); UsageError where the objective does not fit the rows."""
     found = data.load_rows(s.dataset)
+    if older_run:  # its prompt stays what it was
+        found.answers = data.earlier_answers(found)
     kind, lm, name = found.kind, s.objective == "lm", f"--dataset {s.dataset}"
     require(kind != "text" or lm, f"{name} has text but no labels: add --objective lm")
     require(kind != "chat" or not lm, f"{name} holds conversations: train on them without --objective lm")

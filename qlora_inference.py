@@ -118,7 +118,9 @@ def choose_base(s: InferSettings, chosen: list):
 
 def to_ids(s: InferSettings, adapter, base, text: str) -> list[int]:
     """The prompt as training wrote it (the adapter's own), or a plain chat message."""
-    prompt, text = adapter and not s.plain and adapter.prompt, prompts.clean(text)
+    prompt = adapter and not s.plain and adapter.prompt
+    if prompt and prompt.objective != "chat":
+        text = prompts.clean(text)  # as rows are when they are read; a message stays as it is typed
     if prompt and prompt.asks:
         ids = prompts.sentiment_prompt(base.tokenizer, prompt, text)
         if len(prompts.render(base.tokenizer, prompts.sentiment_messages(prompt, text), True)) > len(ids):
@@ -202,9 +204,11 @@ def chat(s: InferSettings, chosen: list, model, base) -> None:
         if command in ("/quit", "/exit"):
             return
         if command == "/use":
-            if current := names.get(rest.strip(), current):
+            if other := names.get(rest.strip()):
+                current = other
                 model.set_adapter(current.peft_name)
-            note(f"adapter    {current.name if current else 'none'} (loaded: {', '.join(names) or 'none'})")
+            found = f"adapter    {other.name}" if other else f"no adapter '{rest.strip()}'"
+            note(f"{found}; loaded: {', '.join(names) or 'none'}")
             continue
         plain_base = command == "/base" and bool(names)
         if not (text := rest if plain_base else line):
@@ -223,11 +227,11 @@ def evaluate(s: InferSettings, chosen: list, model, base) -> None:
     """Accuracy with each adapter's own prompt, by default on the rows that its training held out."""
     reviews = prompts.choose_format("sentiment", "labels", SENTIMENT_ANSWERS, TrainSettings.max_length)
     for adapter in chosen or [None]:
-        trained = adapter.dataset if adapter else {"name": "imdb", "seed": s.seed}
+        trained = adapter.dataset if adapter else {"seed": s.seed}  # the base was trained on none of them
         prompt = adapter.prompt if adapter else reviews
         if prompt is None or not prompt.asks:
             raise UserError("--evaluate scores answers to labelled rows; this adapter was trained on none")
-        name = s.dataset if s.dataset != "auto" else trained["name"]
+        name = s.dataset if s.dataset != "auto" else trained.get("name", "imdb")
         rows, found = data.held_out_rows(name, trained, s.eval_samples)
         match_answers(name, found.answers, prompt.answers)
         note(f"data       {found.origin}: {len(rows)} held-out rows")
@@ -256,7 +260,8 @@ def show_score(base, model, prompt, rows: list, who: str) -> None:
     result = evaluation.accuracy_report(predicted, [row.label for row in rows], prompt.answers)
     confusion = result["confusion"].items()
     counts = [f"{truth} read as {said} {n}" for truth, row in confusion for said, n in row.items()]
-    print(f"{who:22} {measures.with_interval(result)}   ({', '.join(counts)})", flush=True)
+    right, low, high = (measures.percent(result[key]) for key in ("accuracy", "low", "high"))
+    print(f"{who:22} {right:>6}   {low} to {high}   ({', '.join(counts)})", flush=True)
 
 
 if __name__ == "__main__":

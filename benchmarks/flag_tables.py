@@ -16,7 +16,10 @@ def flag_table(path: Path, kind: str) -> str:
     """A row for each field of the dataclass `kind` in the Python file `path`."""
     settings = getattr(load(path), kind)
     hints = typing.get_type_hints(settings)
-    body = re.search(rf"^class {kind}\b.*?(?=^\S|\Z)", path.read_text(), re.M | re.S)[0]
+    # Fields of a base class come first, as in --help.
+    kinds = [each.__name__ for each in reversed(settings.__mro__) if each is not object]
+    text = path.read_text()
+    body = "".join(re.search(rf"^class {name}\b.*?(?=^\S|\Z)", text, re.M | re.S)[0] for name in kinds)
     rows, comments = ["| flag | default | meaning |", "|---|---|---|"], []
     for line in body.splitlines():
         if field := re.match(r"    (\w+): (.*?) = ", line):

@@ -76,10 +76,11 @@ class Server:
                 if self.process.poll() is not None or time.perf_counter() - started > PATIENCE_SECONDS:
                     raise UserError(f"llama-server did not start ({self.first_error()})")
                 time.sleep(0.02)
+            self.load_seconds = time.perf_counter() - started
+            self.letter = self.post("/tokenize", {"content": "a"})["tokens"][0]
         except BaseException:
             self.__exit__()
             raise
-        self.load_seconds = time.perf_counter() - started
         return self
 
     def __exit__(self, *_) -> None:
@@ -119,18 +120,17 @@ class Server:
     def chat(self, messages: list[dict], tokens: int, top: int = 0) -> dict:
         """Greedy reply: {prompt: token ids, text, timings, top: (ids, logprobs) of likely first tokens}.
 
-        Without `top` it goes on over end tokens, for timings. Nothing is reused from earlier requests.
+        With `top` the text means nothing; without, it goes on over end tokens, for timings. No cache is used.
         """
         prompt = self.prompt_ids(messages)
         body = {"messages": messages, "max_tokens": tokens, "temperature": 0, "cache_prompt": False}
-        body |= {"logprobs": True, "top_logprobs": top} if top else {"ignore_eos": True}
+        # A token that is half a character comes without a list, so another is forced; the list is raw anyway.
+        listing = {"logprobs": True, "top_logprobs": top, "logit_bias": [[self.letter, 1000.0]]}
+        body |= listing if top else {"ignore_eos": True}
         reply = self.post("/v1/chat/completions", body)
         if (read := reply["usage"]["prompt_tokens"]) != len(prompt):
             raise UserError(f"llama-server read {read} tokens of a prompt that it splits into {len(prompt)}")
         choice = reply["choices"][0]
-        positions = (choice.get("logprobs") or {}).get("content")
-        if top and not positions:  # the likeliest token is half of a character
-            raise UserError("llama-server gave no probabilities: a label must begin with a whole character")
-        likeliest = [(t["id"], t["logprob"]) for t in positions[0]["top_logprobs"]] if top else []
-        text = choice["message"]["content"]
+        listed = choice["logprobs"]["content"][0]["top_logprobs"] if top else []
+        likeliest, text = [(t["id"], t["logprob"]) for t in listed], choice["message"]["content"]
         return {"prompt": prompt, "text": text, "timings": reply["timings"], "top": tuple(zip(*likeliest))}

@@ -85,7 +85,7 @@ def parse(kind: type, argv: Sequence[str] | None, text: str | None, default=None
         if stop.code in (0, None):
             raise
         raise UsageError(one_line(captured.getvalue())) from None
-    settings = with_named_adapter(settings)
+    settings = with_named_adapter(settings, default)
     for name, value in vars(settings).items():
         if name in LIMITS and value is not None:
             fits, words = LIMITS[name]
@@ -93,14 +93,14 @@ def parse(kind: type, argv: Sequence[str] | None, text: str | None, default=None
     return settings
 
 
-def with_named_adapter(settings):
+def with_named_adapter(settings, default):
     """--target-modules lite or full stands for modules and a rank; the settings that both mean."""
     modules = getattr(settings, "target_modules", None)
     if modules not in NAMED_ADAPTERS:
         return settings
     targets, r = NAMED_ADAPTERS[modules]
     both = f"--target-modules {modules} means r {r}, --lora-r says {settings.lora_r}: leave one out"
-    require(settings.lora_r in (r, type(settings).lora_r), both)
+    require(settings.lora_r in (r, (default or type(settings)).lora_r), both)
     return dataclasses.replace(settings, target_modules=targets, lora_r=r)
 
 

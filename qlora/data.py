@@ -48,6 +48,7 @@ class RowSet:
     answers: tuple[str, ...]  # names of the labels
     origin: str  # for the reader
     duplicates_removed: int = 0
+    labels: tuple[str, ...] = ()  # as the dataset names them
 
 
 def load_rows(dataset: str) -> RowSet:
@@ -76,7 +77,9 @@ def load_rows(dataset: str) -> RowSet:
         removed += removed_there
         origin += ", scored on its own test split" if held_out else ""
     require(bool(rows), f"--dataset {dataset}: it has no rows with text")
-    return RowSet(rows, held_out, kind, answer_names(names, packaged), origin, removed)
+    return RowSet(
+        rows, held_out, kind, answer_names(names, packaged), origin, removed, tuple(map(str, names))
+    )
 
 
 def identity(dataset: str) -> dict:
@@ -146,6 +149,15 @@ def answer_names(names: list, packaged: bool = False) -> tuple[str, ...]:
     words = [str(name) for name in names]
     verdict = [word.lower() for word in words] in SENTIMENT_NAMES or (packaged and words == ["0", "1"])
     return SENTIMENT_ANSWERS if verdict else tuple(words)
+
+
+def earlier_answers(found: RowSet) -> tuple[str, ...]:
+    """The answers of runs that began before --question: 0 and 1 of any file were taken for a verdict."""
+    words = [label.lower() for label in found.labels]
+    verdict = (
+        words in (["0", "1"], ["negative", "positive"]) or words == ["neg", "pos"] and "hub" in found.origin
+    )
+    return SENTIMENT_ANSWERS if verdict else found.labels
 
 
 def to_rows(table: pd.DataFrame, shape: tuple[str, ...], names: list) -> list[Row]:
@@ -236,10 +248,10 @@ def held_out_rows(dataset: str, trained: dict, count: int | None) -> tuple[list[
     """
     found = load_rows(dataset)
     same_file = "sha256" in trained and identity(dataset).get("sha256") == trained["sha256"]
-    own = dataset == trained["name"] or same_file
+    own = dataset == trained.get("name") or same_file
     there = trained.get("eval_samples", EVAL_SAMPLES) if own else len(found.held_out) or len(found.rows) - 1
     count = count or min(there, EVAL_SAMPLES)
-    if own and "eval_samples" in trained and not found.held_out and count > there:
+    if own and not found.held_out and count > there:
         kept = f"training held out {there} rows of {dataset}"
         raise UsageError(f"--eval-samples {count}: {kept}; the next ones were trained on")
     return split(found, 1, count, trained["seed"])[1], found

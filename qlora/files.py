@@ -17,10 +17,10 @@ PART = ".part-"  # how the names of unfinished folders begin
 
 
 @contextlib.contextmanager
-def scratch(folder: Path) -> Iterator[Path]:
+def scratch(folder: Path, prefix: str = PART) -> Iterator[Path]:
     """An empty folder inside `folder`, so that a rename is enough to finish a file; deleted afterwards."""
     folder.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder, prefix=PART))
+    aside = Path(tempfile.mkdtemp(dir=folder, prefix=prefix))
     try:
         yield aside
     finally:
@@ -28,9 +28,9 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def staged(final: Path) -> Iterator[Path]:
+def staged(final: Path, prefix: str = PART) -> Iterator[Path]:
     """A path for a new file or folder; it becomes `final` if the block succeeds, and is deleted if not."""
-    with scratch(final.parent) as aside:
+    with scratch(final.parent, prefix) as aside:
         yield aside / final.name
         publish(aside / final.name, final)
 

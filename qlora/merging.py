@@ -46,7 +46,7 @@ def merge_into(out: Path, which: str, adapter: Adapter, model, base: Base, compa
         drift = relative_error(reference, logits_of(merged, prompts, base))
         chosen = "" if not compare else "; this one is written" if kind == which else "; not written"
         note(f"merge      into {kind} weights: logits {100 * drift:.2f}% off the trained model's{chosen}")
-    with staged(out) as part:
+    with staged(out, ".merge-") as part:  # a training run in the same folder deletes its own leftovers
         merged.save_pretrained(part)
         base.tokenizer.save_pretrained(part)
     size = sum(p.stat().st_size for p in out.iterdir()) / 1e9

@@ -38,6 +38,11 @@ class Run:
     def resume_command(self) -> str:
         return f"python qlora_finetune.py --output-dir {shlex.quote(str(self.out))} --resume"
 
+    @property
+    def older(self) -> bool:
+        """Whether --resume continues a run that began before --question was a flag."""
+        return self.settings.resume and _is_run(self.out) and "question" not in _read(self.out)
+
     def begin(self, settings) -> None:
         """The first change to the folder, after model and data proved usable: a typo costs no earlier run.
 
@@ -48,7 +53,10 @@ class Run:
                 (self.out / name).unlink(missing_ok=True)
             for folder in self.out.glob("checkpoint-*"):
                 shutil.rmtree(folder, ignore_errors=True)
-        write_json(self.out / SETTINGS, _as_json(settings))
+        kept = _as_json(settings)
+        if self.older:  # stays so for the next --resume
+            del kept["question"]
+        write_json(self.out / SETTINGS, kept)
         self.begun = True
 
     def kept(self) -> dict:
@@ -66,7 +74,7 @@ def saved_settings(out: Path, kind: type):
     """Settings of the run in `out`, to serve as defaults for --resume; None if there is none."""
     if not _is_run(out):
         return None
-    data, known = json.loads((out / SETTINGS).read_text()), vars(kind())
+    data, known = _read(out), vars(kind())
     return kind(**{k: v for k, v in data.items() if k in known}, output_dir=out, resume=True)
 
 
@@ -101,7 +109,7 @@ def _check_earlier(settings) -> None:
     out = settings.output_dir
     if settings.resume:
         # A setting that an older version did not have was at its default.
-        before = _as_json(type(settings)()) | json.loads((out / SETTINGS).read_text())
+        before = _as_json(type(settings)()) | _read(out)
         now = _as_json(settings)
         changed = [f"--{k.replace('_', '-')} {before[k]} -> {v}" for k, v in now.items() if before[k] != v]
         what = f"the run in {out} began with other settings ({'; '.join(changed)}); leave them out"
@@ -111,10 +119,14 @@ def _check_earlier(settings) -> None:
         raise UsageError(f"--output-dir {out} holds another run: {ways}")
 
 
+def _read(out: Path) -> dict:
+    return json.loads((out / SETTINGS).read_text())
+
+
 def _is_run(out: Path) -> bool:
     """settings.json alone says little, many programs write one; ours names LoRA's rank."""
     try:
-        return "lora_r" in json.loads((out / SETTINGS).read_text())
+        return "lora_r" in _read(out)
     except (OSError, ValueError, TypeError):
         return False
 

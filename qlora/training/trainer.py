@@ -173,7 +173,7 @@ class Interrupt:
 
     def _handle(self, *_):
         if self.asked:
-            raise KeyboardInterrupt("stopped without saving; go on from the last checkpoint with --resume")
+            raise KeyboardInterrupt("stopped without saving; continue from the last checkpoint with --resume")
         self.asked = True
         note("\nstopping after this step and saving; press Ctrl-C again to stop at once")
 

@@ -154,6 +154,26 @@ def test_only_labels_that_are_verdicts_answer_negative_and_positive(names, packa
     assert d.answer_names(names, packaged) == answers
 
 
+def test_a_run_of_an_older_version_keeps_its_answers(tmp_path):
+    # it asked the reviews' question of any 0 and 1, and took a file's neg and pos for names like others
+    def earlier(labels):
+        rows = [{"text": f"t{i}", "label": labels[i % 2]} for i in range(4)]
+        return d.earlier_answers(d.load_rows(write(tmp_path, "old.csv", rows)))
+
+    assert earlier((0, 1)) == ("Negative", "Positive") and earlier(("neg", "pos")) == ("neg", "pos")
+    assert d.earlier_answers(d.load_rows("imdb")) == ("Negative", "Positive")
+
+
+def test_rows_that_an_older_adapter_held_out(tmp_path):
+    # its qlora.json has no eval_samples: training held out the default number
+    path = write(tmp_path, "rows.csv", [{"text": f"t{i}", "label": i % 2} for i in range(900)])
+    trained = {"name": path, "seed": 1}
+    assert len(d.held_out_rows(path, trained, None)[0]) == 400
+    with pytest.raises(UsageError, match="held out 400 rows .*the next ones were trained on"):
+        d.held_out_rows(path, trained, 401)
+    assert len(d.held_out_rows(path, {"seed": 1}, 401)[0]) == 401  # the base was trained on none of them
+
+
 def test_text_is_cleaned_where_it_comes_in(tmp_path):
     # once only the model's prompts were, and the bag of words counted "br"
     rows = [{"text": f" one<br /><br />two {i}", "label": i % 2} for i in range(4)]

@@ -45,6 +45,20 @@ def test_training_evaluation_and_inference_agree(tokenizer, reviews):
         assert evaluated == used == trained[: len(evaluated)]
 
 
+def test_a_plain_message_stays_as_it_is_typed(tokenizer):
+    from types import SimpleNamespace
+
+    import qlora_inference
+
+    qlora_inference.import_libraries()
+    base = SimpleNamespace(tokenizer=tokenizer, context_length=512)
+    chat = SimpleNamespace(prompt=p.PromptFormat("chat", 64))
+    for adapter in (None, chat):
+        assert "<br />" in tokenizer.decode(
+            qlora_inference.to_ids(InferSettings(), adapter, base, "a <br /> b")
+        )
+
+
 def test_prompt_survives_its_file(tokenizer):
     again = p.PromptFormat.from_json(asdict(PROMPT))
     assert again == PROMPT and p.sentiment_prompt(tokenizer, again, REVIEW) == p.sentiment_prompt(

@@ -329,6 +329,26 @@ def test_the_server_reads_odd_texts_as_training_did(ladder, tokenizer):
 
 
 @built
+def test_a_likeliest_token_that_is_half_a_character_is_listed_all_the_same(ladder, tokenizer, tmp_path):
+    """Regression: llama-server lists no probabilities for it, and the file was called broken.
+
+    Of two such tokens with opposite, long embeddings one is the likeliest after any prompt.
+    """
+    from llama_server import Server
+
+    file = shutil.copy(ladder / "strong-f16.gguf", tmp_path)
+    halves = tokenizer.convert_tokens_to_ids(["â", "ð"])  # bytes E2 and F0, which begin characters
+    embeddings = next(t for t in gguf.GGUFReader(file, "r+").tensors if t.name == "token_embd.weight").data
+    embeddings[halves] = 100 * embeddings[halves[0]] * np.array([[1], [-1]], embeddings.dtype)
+    messages = [{"role": "user", "content": "Hello"}]
+    body = {"messages": messages, "max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 5}
+    with Server(file) as server:
+        assert "logprobs" not in server.post("/v1/chat/completions", body)["choices"][0]
+        ids, logprobs = server.chat(messages, 1, 5)["top"]
+    assert ids[0] in halves and list(logprobs) == sorted(logprobs, reverse=True)
+
+
+@built
 def test_a_second_ladder_exports_nothing_again(ladder, strong, capfd):
     before = {p.name: p.stat().st_mtime_ns for p in ladder.glob("*.gguf")}
     files = variants.exported(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -54,6 +55,15 @@ COMMANDS = commands()
 
 def shown(item) -> str:
     return str(item)[:60]
+
+
+@pytest.mark.parametrize("kind", SETTINGS.values(), ids=lambda kind: kind.__name__)
+def test_settings_page_has_every_flag(kind):
+    # once those of a base class were missing
+    rows = TEXTS[Path("docs/settings.md")]
+    for field in dataclasses.fields(kind):
+        flag = field.name if field.name == "prompt" and kind is config.InferSettings else "--" + field.name
+        assert f"| `{flag.replace('_', '-')}` |" in rows, flag
 
 
 def test_commands_are_found():

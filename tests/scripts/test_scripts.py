@@ -280,7 +280,7 @@ def test_chat_on_a_terminal(trained):
     assert (
         process.returncode == 0
         and "Type a review" in stderr
-        and f"adapter    {trained.name} (loaded: {trained.name})" in stderr
+        and f"no adapter 'nobody'; loaded: {trained.name}" in stderr
         and len(stdout) > 4
     )
 

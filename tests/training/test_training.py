@@ -162,6 +162,35 @@ def test_ctrl_c_saves_and_says_how_to_resume(uninterrupted, tiny_folder, tmp_pat
     assert (out / WEIGHTS).read_bytes() == (uninterrupted / WEIGHTS).read_bytes()
 
 
+def test_an_older_run_on_numbered_labels_is_resumed_with_its_own_question(tiny_folder, tmp_path):
+    # runs that began before --question asked the reviews' question of 0 and 1
+    rows, out = tmp_path / "rows.csv", tmp_path / "run"
+    rows.write_text("text,label\n" + "".join(f"text number {i},{i % 2}\n" for i in range(40)))
+    flags = ("--model", tiny_folder, "--output-dir", out, *SMALL_RUN, "--dataset", rows)
+    assert here("qlora_finetune.py", *flags).returncode == 0
+    assert json.loads((out / "qlora.json").read_text())["prompt"]["answers"] == ["0", "1"]
+    settings = json.loads((out / "settings.json").read_text())
+    del settings["question"]
+    (out / "settings.json").write_text(json.dumps(settings))
+    for left in ("report.json", "before.json"):
+        (out / left).unlink()
+    for _ in range(2):  # and the next time, too
+        done = here("qlora_finetune.py", "--output-dir", out, "--resume")
+        assert done.returncode == 0, done.stderr
+        prompt = json.loads((out / "qlora.json").read_text())["prompt"]
+        assert prompt["answers"] == ["Negative", "Positive"] and "positive or negative?" in prompt["user"]
+        (out / "report.json").unlink()
+
+
+def test_a_merge_in_progress_is_no_leftover_of_the_run(tmp_path):
+    from qlora.files import remove_leftovers, scratch, staged
+
+    with staged(tmp_path / "merged", ".merge-") as merging, scratch(tmp_path) as left:
+        remove_leftovers(tmp_path)
+        assert merging.parent.exists() and not left.exists()
+        merging.mkdir()
+
+
 def test_resume_of_a_complete_run_changes_nothing(uninterrupted):
     def state():
         return {
@@ -174,6 +203,8 @@ def test_resume_of_a_complete_run_changes_nothing(uninterrupted):
     assert state() == before
     other = here("qlora_finetune.py", "--output-dir", uninterrupted, "--resume", "--epochs", "3")
     assert other.returncode == 2 and "--epochs 1.0 -> 3.0" in other.stderr
+    named = script("qlora_finetune.py", "--output-dir", uninterrupted, "--resume", "--target-modules", "lite")
+    assert named.returncode == 2 and "--lora-r 16 -> 32" in named.stderr, named.stderr
 
 
 @pytest.mark.parametrize("harm", ["truncate", "delete optimizer", "no manifest", "older version"])
