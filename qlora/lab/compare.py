@@ -13,7 +13,7 @@ import torch
 
 from config import COMPARABLE
 from qlora import prompts as p
-from qlora.cli import UserError, note, progress
+from qlora.cli import UserError, first_line, note, progress
 from qlora.data import load_rows, split
 from qlora.evaluation import accuracy_report, score_labels
 from qlora.generation import generate
@@ -22,7 +22,6 @@ from qlora.lab.compare_pictures import FOUR_BIT, findings, show_header, show_row
 from qlora.lab.precisions import default_precisions, emulated, load, load_source
 from qlora.logits import hidden_states
 from qlora.measures import kl_nats, most_values_in_32, relative_error
-from qlora.sources import first_line
 from qlora.weights import dequantized, held_bytes, linear_layers
 
 TEXT_ROWS, TEXT_TOKENS = 4, 256  # of held-out reviews: perplexity and prefill

@@ -11,10 +11,9 @@ from transformers import AutoConfig
 
 from config import LORA_VARIANTS, NAMED_ADAPTERS
 from qlora.adapters import WEIGHTS, read_adapter
-from qlora.cli import UserError
+from qlora.cli import UserError, first_line
 from qlora.lora import PREFIX, lora_config, resolve_targets
 from qlora.shapes import SHAPES, skeleton
-from qlora.sources import first_line
 from qlora.tables import table, table_of
 from qlora.weights import dequantized
 

@@ -8,12 +8,11 @@ from dataclasses import asdict, fields, replace
 import torch
 
 from config import BUNDLED, GPU_DEFAULTS, PAD_MULTIPLE, PRECISIONS
-from qlora.cli import UsageError, note
+from qlora.cli import UsageError, first_line, note
 from qlora.hardware import Hardware
 from qlora.memory import step
 from qlora.memory.step import Job, planned_model, predict, predict_training
 from qlora.shapes import model_config
-from qlora.sources import first_line
 from qlora.tables import table
 
 # What nvidia-smi reports (MiB), and the compute capability: bf16 from 8.0, more for cuBLAS from 9.0.
