@@ -1,8 +1,18 @@
 """Every setting; the comment above it is its --help text. Nothing heavy is imported, so --help is quick."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
+
+
+def show_error(kind, error, trace) -> None:
+    """Ctrl-C while the first imports run, before qlora.cli.run is there, is no error to trace."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = show_error
 
 try:
     from tyro.conf import Positional, UseAppendAction

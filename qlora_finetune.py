@@ -9,6 +9,7 @@ report.md, curves.png and a model card. Then: python qlora_inference.py "your re
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Sequence
 
 from config import LORA_VARIANTS, MAX_GRAD_NORM, TrainSettings
@@ -23,7 +24,7 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
         s = parse(TrainSettings, argv, __doc__, default=earlier)
     require(not (s.resume and s.overwrite), "--resume and --overwrite: choose one of them")
     require(s.question is None or s.question.strip() != "", "--question is empty")
-    one_process = int(os.environ.get("WORLD_SIZE", "1")) < 2
+    one_process = os.environ.get("WORLD_SIZE", "") in ("", "0", "1")
     require(one_process, "several processes (accelerate launch, torchrun) are not supported yet: start one")
     return s
 
@@ -109,8 +110,7 @@ def train(run) -> None:
     with files.scratch(run.out) as aside:
         save_adapter(aside, model, base, prompt, s)
         guards.check_end(healthy, model, examples, machine.autocast, (aside, frozen))
-        for path in aside.iterdir():
-            files.publish(path, run.out / path.name)
+        files.publish_sealed(aside, run.out)
     note(f"guards     all {len(healthy.results)} held")
     evaluation = comparison.score_after(model, before)
     lora_size = report.lora_section(model)
@@ -131,7 +131,7 @@ def train(run) -> None:
     report.show_result(record)
     took = f"{record['seconds'] / 60:.1f} minutes in all"
     note(f"\nwritten    {run.out}/: adapter, report.md, report.json, curves.png ({took})")
-    adapter = "" if str(run.out) == "qlora-out" else f" --adapter {run.out}"
+    adapter = "" if str(run.out) == "qlora-out" else f" --adapter {shlex.quote(str(run.out))}"
     note(f'next       python qlora_inference.py{adapter} "Type a review of your own here."')
 
 

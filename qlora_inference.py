@@ -9,6 +9,7 @@ Answers go to stdout, everything else to stderr.
 
 import contextlib
 import dataclasses
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 model = PeftModel.from_pretrained(model, adapter.folder, adapter_name=adapter.peft_name)
             else:
                 model.load_adapter(str(adapter.folder), adapter_name=adapter.peft_name)
+            adapters.check_keys(adapter, model)
         note(f"adapter    {adapter.name}")
     make_fast(model)
     model.eval()
@@ -92,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if s.merge:
         merging.merge_into(s.merge, s.merge_base, chosen[0], model, base)
         note(f"written    {s.merge}/: a plain model")
-        note(f'next       python qlora_inference.py --adapter none --model {s.merge} "the whole prompt"')
+        merged = shlex.quote(str(s.merge))
+        note(f'next       python qlora_inference.py --adapter none --model {merged} "the whole prompt"')
     elif s.evaluate:
         evaluate(s, chosen, model, base)
     elif s.prompt is None and s.prompts is None and sys.stdin.isatty():
@@ -127,7 +130,7 @@ def to_ids(s: InferSettings, adapter, base, text: str) -> list[int]:
             note(f"note       longer than {prompt.max_length} tokens: only its end is read, as in training")
         return ids
     if prompt and prompt.objective == "lm":
-        ids = base.tokenizer(text)["input_ids"]
+        ids = prompts.text_ids(base.tokenizer, text)
     else:
         ids = prompts.render(base.tokenizer, [{"role": "user", "content": text}], True)
     if len(ids) + s.max_new_tokens > base.context_length:

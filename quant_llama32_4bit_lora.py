@@ -8,7 +8,6 @@ Writes quantization.json and pictures into --output-dir (quant-out). Next: pytho
 """
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from config import COMPARABLE, LORA_VARIANTS, DemoSettings
 from qlora.cli import UserError, note, parse, require, run
-from qlora.files import write_json
+from qlora.files import read_json, write_json
 
 PARTS = {  # in the order of the lesson
     "architecture": "Architecture: what is quantized and what is not",
@@ -48,17 +47,12 @@ def chosen_parts(settings: DemoSettings) -> list[str]:
 
 
 def earlier_results(out: Path) -> dict:
-    """What earlier runs left in quantization.json; raises UsageError if this run could not write its own."""
+    """What earlier runs left in quantization.json; raises UserError if this run could not write its own."""
     above = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     require(above.is_dir(), f"--output-dir {out}: {above} is a file; name a folder")
     require(os.access(above, os.W_OK), f"--output-dir {out}: {above} is not writable")
     path = out / "quantization.json"
-    try:
-        earlier = json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError):
-        earlier = None
-    require(isinstance(earlier, dict), f"{path}: damaged, or not written by this script; move it away")
-    return earlier
+    return read_json(path, "move it away") if path.exists() else {}
 
 
 def import_libraries() -> None:

@@ -8,6 +8,7 @@ Needs llama.cpp/build.sh to have run. A file gets its final name when it is comp
 stop token and BOS are the adapter's; export.json says what each file is. Then: python llama.cpp/parity.py
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from qlora.adapters import read_adapter
 
     first, *others = make(settings)
-    lora = f" --lora {others[0]}" if settings.lora else ""
+    lora = f" --lora {shlex.quote(str(others[0]))}" if settings.lora else ""
     flags = llama_cli_flags(read_adapter(settings.adapter))
-    note(f"next       {BIN.relative_to(ROOT)}/llama-cli -m {first}{lora} {flags}")
+    note(f"next       {BIN.relative_to(ROOT)}/llama-cli -m {shlex.quote(str(first))}{lora} {flags}")
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ from gguf_files import MODELFILES, canonical, check_metadata, own_files, place, 
 from ollama import go_template
 from qlora.adapters import CONFIG, WEIGHTS, Adapter, adapter_tokenizer, load_trained, read_adapter
 from qlora.cli import UsageError, UserError, note, require
+from qlora.control_tokens import TEMPLATE_VARIABLES, has_control_tokens
 from qlora.data import load_rows, split
 from qlora.fetch import PACKAGED_MODEL, fetch
 from qlora.files import free_bytes, lock_folder, remove_leftovers, scratch, write_text
 from qlora.merging import merge_into
-from qlora.prompts import TEMPLATE_VARIABLES, sentiment_example, sentiment_messages
+from qlora.prompts import sentiment_example, sentiment_messages
 from qlora.sources import check_folder, locate
 from settings import BIN, SOURCE, ExportSettings
 
@@ -159,6 +160,10 @@ def importance_matrix(adapter: Adapter, f16: Path, aside: Path) -> Path:
     data, tokenizer = adapter.dataset, adapter_tokenizer(adapter.folder)
     samples = min(IMATRIX_ROWS, data.get("samples", IMATRIX_ROWS))
     rows, _ = split(load_rows(data["name"]), samples, data["eval_samples"], data["seed"])
+    # llama-imatrix reads text and obeys the control tokens in it: rows that hold some are left out.
+    asks = lambda row: sentiment_messages(adapter.prompt, row.text)
+    rows = [row for row in rows if not has_control_tokens(tokenizer, asks(row))]
+    require(bool(rows), f"--imatrix: every row of {data['name']} holds control tokens; leave --imatrix out")
     prompts = [sentiment_example(tokenizer, adapter.prompt, row.text, row.label)[0] for row in rows]
     text, out = aside / "prompts.txt", aside / "imatrix.gguf"
     text.write_text("\n".join(map(tokenizer.decode, prompts)))

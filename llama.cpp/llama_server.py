@@ -1,4 +1,8 @@
-"""The same questions, asked of GGUF files through a llama-server, over HTTP as any client would."""
+"""The same questions, asked of GGUF files through a llama-server, over HTTP.
+
+Prompts are sent as token ids: the server parses control tokens in the text of a message, so a review that
+holds "<|im_end|>" would end its own turn (llama.cpp#26273).
+"""
 
 import http.client
 import json
@@ -14,7 +18,8 @@ import numpy as np
 
 from ladder import SPEED, Replies
 from qlora.cli import UserError, progress
-from qlora.prompts import TEMPLATE_VARIABLES
+from qlora.control_tokens import TEMPLATE_VARIABLES, has_control_tokens
+from qlora.prompts import render
 from reference import Questions
 from settings import BIN
 
@@ -28,11 +33,12 @@ def ask_server(name: str, files: Sequence[Path], questions: Questions) -> Replie
     bar = progress(len(questions.reviews) + len(questions.free), name)
     with Server(files[0], files[1:], questions.context) as server, bar as step:
         for messages in questions.reviews:
-            rows.append(server.chat(messages, 1, TOP))
+            rows.append(server.answer(prompt_ids(server, questions, messages), 1, TOP))
             step(1)
         for messages in questions.free:
-            free_next.append(server.chat(messages, 1, TOP)["top"])
-            free.append(server.chat(messages, questions.free_tokens))
+            ids = prompt_ids(server, questions, messages)
+            free_next.append(server.answer(ids, 1, TOP)["top"])
+            free.append(server.answer(ids, questions.free_tokens))
             step(1)
     odds = []
     for ids, logprobs in (row["top"] for row in rows):
@@ -47,6 +53,16 @@ def ask_server(name: str, files: Sequence[Path], questions: Questions) -> Replie
     return Replies(prompts, np.array(odds), [row["top"] for row in rows], free_next, texts, speed)
 
 
+def prompt_ids(server: "Server", questions: Questions, messages: list[dict]) -> list[int]:
+    """By the file's own template and tokenizer, which the ladder compares with training's.
+
+    Where a message holds a control token by ours, since the server would obey it.
+    """
+    if has_control_tokens(questions.tokenizer, messages):
+        return render(questions.tokenizer, messages, True)
+    return server.prompt_ids(messages)
+
+
 class Server:
     """llama-server on `model` with `loras` applied, one request at a time, `context` tokens.
 
@@ -57,7 +73,7 @@ class Server:
     def __init__(self, model: Path, loras: Sequence[Path] = (), context: int = 1024):
         self.command = [str(BIN / "llama-server"), "-m", str(model), "-c", str(context), "--parallel", "1"]
         self.command += ["--host", "127.0.0.1", "--offline", "--no-ui", "--cache-ram", "0"]
-        self.command += ["--skip-chat-parsing", "--chat-template-kwargs", json.dumps(TEMPLATE_VARIABLES)]
+        self.command += ["--chat-template-kwargs", json.dumps(TEMPLATE_VARIABLES)]
         if loras:  # quoted: a path may hold a comma
             self.command += ["--lora", ",".join(f'"{lora}"' for lora in loras)]
 
@@ -117,20 +133,17 @@ class Server:
         asked = {"content": text, "add_special": True, "parse_special": True}
         return self.post("/tokenize", asked)["tokens"]
 
-    def chat(self, messages: list[dict], tokens: int, top: int = 0) -> dict:
-        """Greedy reply: {prompt: token ids, text, timings, top: (ids, logprobs) of likely first tokens}.
+    def answer(self, prompt: list[int], tokens: int, top: int = 0) -> dict:
+        """Greedy reply to token ids: {prompt, text, timings, top: (ids, logprobs) of likely first tokens}.
 
         With `top` the text means nothing; without, it goes on over end tokens, for timings. No cache is used.
         """
-        prompt = self.prompt_ids(messages)
-        body = {"messages": messages, "max_tokens": tokens, "temperature": 0, "cache_prompt": False}
+        body = {"prompt": prompt, "n_predict": tokens, "temperature": 0, "cache_prompt": False}
         # A token that is half a character comes without a list, so another is forced; the list is raw anyway.
-        listing = {"logprobs": True, "top_logprobs": top, "logit_bias": [[self.letter, 1000.0]]}
-        body |= listing if top else {"ignore_eos": True}
-        reply = self.post("/v1/chat/completions", body)
-        if (read := reply["usage"]["prompt_tokens"]) != len(prompt):
-            raise UserError(f"llama-server read {read} tokens of a prompt that it splits into {len(prompt)}")
-        choice = reply["choices"][0]
-        listed = choice["logprobs"]["content"][0]["top_logprobs"] if top else []
-        likeliest, text = [(t["id"], t["logprob"]) for t in listed], choice["message"]["content"]
-        return {"prompt": prompt, "text": text, "timings": reply["timings"], "top": tuple(zip(*likeliest))}
+        listing = {"n_probs": top, "logit_bias": [[self.letter, 1000.0]]}
+        reply = self.post("/completion", body | (listing if top else {"ignore_eos": True}))
+        if (read := reply["tokens_evaluated"]) != len(prompt):
+            raise UserError(f"llama-server read {read} tokens of a prompt of {len(prompt)}")
+        listed = reply["completion_probabilities"][0]["top_logprobs"] if top else []
+        likeliest = tuple(zip(*((t["id"], t["logprob"]) for t in listed)))
+        return {"prompt": prompt, "text": reply["content"], "timings": reply["timings"], "top": likeliest}

@@ -3,7 +3,8 @@
 import os
 
 from qlora.cli import UserError
-from qlora.prompts import TEMPLATE_VARIABLES, takes_system
+from qlora.control_tokens import TEMPLATE_VARIABLES
+from qlora.prompts import takes_system
 
 # Stand for each turn's text, in private characters that no template writes.
 SYSTEM, ASK, REPLY, AGAIN = (f"\ue000{name}\ue000" for name in ("system", "ask", "reply", "again"))

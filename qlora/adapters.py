@@ -2,22 +2,63 @@
 
 import contextlib
 import json
+import shlex
+import signal
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from peft import get_peft_model_state_dict
+from pydantic import FiniteFloat
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from qlora.cli import UserError, first_line, require
+from qlora.cli import UserError, first_line, note, require
 from qlora.fast import make_fast
-from qlora.files import read_json
+from qlora.files import SEAL, broken_files, read_json
 from qlora.hardware import detect
-from qlora.loading import LOCAL, Base, BaseInfo, load_base
+from qlora.loading import Base, BaseInfo, load_base, load_tokenizer
 from qlora.prompts import PromptFormat
 
 WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "qlora.json"
 AGAIN = "train again or copy it again"
+PATTERN_SECONDS = 120  # for loading an adapter whose target_modules is a regular expression
+
+
+@dataclass
+class DataNotes:
+    """Which rows an adapter was trained on, and which were held out."""
+
+    name: str
+    seed: int
+    eval_samples: int | None = None
+    samples: int | None = None
+    sha256: str | None = None  # of a file
+
+
+@dataclass
+class Notes:
+    """qlora.json."""
+
+    prompt: PromptFormat
+    base: BaseInfo
+    dataset: DataNotes | None = None
+
+
+@dataclass
+class LoraSettings:
+    """What is used here of adapter_config.json; PEFT reads the rest."""
+
+    peft_type: str
+    r: int = 8
+    lora_alpha: FiniteFloat = 8
+    lora_dropout: FiniteFloat = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    target_modules: str | list[str] | None = None
+    base_model_name_or_path: str | None = None
+    megatron_config: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -49,34 +90,42 @@ class Adapter:
 def save_notes(folder: Path, prompt: PromptFormat, base: BaseInfo, dataset: dict) -> None:
     """qlora.json: the prompt and the identity of the base travel with the adapter."""
     notes = {"prompt": asdict(prompt), "base": asdict(base), "dataset": dataset}
-    (folder / NOTES).write_text(json.dumps(notes, indent=2) + "\n")
+    (folder / NOTES).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
 
 
 def read_adapter(folder: Path) -> Adapter:
     """Check an adapter folder without loading a model; raises UserError (UsageError if it is not there)."""
     name = f"--adapter {folder}"
     require(folder.is_dir(), f"{name}: no such folder; train first (qlora_finetune.py), or --adapter none")
+    if broken := broken_files(folder):
+        again = f"python qlora_finetune.py --output-dir {shlex.quote(str(folder))} --resume"
+        repair = f"where it was trained, `{again}` writes it again; else copy the folder again"
+        raise UserError(f"{name}: {broken[0]} is missing or not what was written (sha256); {repair}")
     if not (folder / CONFIG).is_file():
         raise UserError(f"{name}: no {CONFIG} in it; if the run was stopped: qlora_finetune.py --resume")
     if not (folder / WEIGHTS).is_file():
         if pickles := [p.name for p in folder.glob("*.bin")]:
             raise UserError(f"{name}: {pickles[0]} is a pickle, which can run code; save it as safetensors")
         raise UserError(f"{name}: no {WEIGHTS} in it, so it is incomplete; {AGAIN}")
-    config = read_json(folder / CONFIG, AGAIN)
-    if (kind := config.get("peft_type")) != "LORA":
-        raise UserError(f"{name}: {CONFIG} describes no LoRA adapter (peft_type {kind}); {AGAIN}")
+    config, settings = read_json(folder / CONFIG, AGAIN), read_json(folder / CONFIG, AGAIN, LoraSettings)
+    if settings.peft_type != "LORA":
+        kind = f"peft_type {settings.peft_type[:40]}"
+        raise UserError(f"{name}: {CONFIG} describes no LoRA adapter ({kind}); {AGAIN}")
+    if settings.megatron_config:  # PEFT would import the module that the adapter names
+        raise UserError(f"{name}: adapters for Megatron are not loaded: they name a module to import")
     check_weights(folder / WEIGHTS)
+    if not (folder / SEAL).exists():
+        note(f"note       {name} has no {SEAL}: whether its files are what was trained can't be checked")
     if not (folder / NOTES).is_file():
         return Adapter(folder, config, config.get("base_model_name_or_path") or "", None, None, {})
-    notes = read_json(folder / NOTES, AGAIN)
-    try:
-        base, prompt = BaseInfo(**notes["base"]), PromptFormat.from_json(notes["prompt"])
-    except (KeyError, TypeError):
-        raise UserError(f"{name}: {NOTES} lacks what this version writes; train again") from None
+    notes = read_json(folder / NOTES, AGAIN, Notes)
+    if notes.prompt.asks and len(notes.prompt.answers) < 2:
+        raise UserError(f"{name}: {NOTES} has fewer than two answers to choose from; {AGAIN}")
     # The base was perhaps named relative to another folder; its whole path is known.
-    whole = Path(base.public_name)
-    base_model = base.public_name if whole.is_absolute() and whole.exists() else base.name
-    return Adapter(folder, config, base_model, prompt, base, notes.get("dataset", {}))
+    whole = Path(notes.base.public_name)
+    base_model = str(whole) if whole.is_absolute() and whole.exists() else notes.base.name
+    dataset = {k: v for k, v in asdict(notes.dataset).items() if v is not None} if notes.dataset else {}
+    return Adapter(folder, config, base_model, notes.prompt, notes.base, dataset)
 
 
 def check_weights(path: Path) -> None:
@@ -111,11 +160,49 @@ def check_base(adapter: Adapter, base: BaseInfo) -> str | None:
 @contextlib.contextmanager
 def fitting(adapter: Adapter, base: BaseInfo):
     """Turns what PEFT raises on an adapter of another model into a UserError."""
+    patterns = isinstance(adapter.config.get("target_modules"), str) and hasattr(signal, "SIGALRM")
+    if patterns:  # a regular expression can take years to match a name; this ends it
+        signal.signal(
+            signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("its pattern does not end"))
+        )
+        signal.alarm(PATTERN_SECONDS)
     try:
-        yield
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Found missing adapter keys"
+            )  # check_keys() refuses them
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # a config can make any line of PEFT fail
         what = f"does not fit {base.name} ({first_line(error)})"
         raise UserError(f"--adapter {adapter.folder} {what}") from None
+    finally:
+        if patterns:
+            signal.alarm(0)
+
+
+def check_keys(adapter: Adapter, model) -> None:
+    """Raises UserError where the file lacks matrices that the model now has, or has some that found no place.
+
+    PEFT warns of the first and says nothing of the second: the model would answer as the base does.
+    """
+    name = adapter.peft_name
+    wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    with safe_open(adapter.folder / WEIGHTS, "pt") as file:
+        there = {key.removesuffix(".weight") for key in file.keys()}  # noqa: SIM118
+    wanted = {key.removesuffix(".weight") for key in wanted}
+    base = {key.removesuffix(".weight") for key in model.state_dict()} if there - wanted else set()
+    found = f"--adapter {adapter.folder} does not fit this model:"
+    if missing := sorted(wanted - there):
+        raise UserError(
+            f"{found} no {missing[0]} in it, {len(missing)} of {len(wanted)} matrices are missing"
+        )
+    if strange := sorted(there - wanted - base):
+        count = f"{len(strange)} of its {len(there)} matrices"
+        raise UserError(
+            f"{found} {count} have no place (first: {strange[0]}); see target_modules in {CONFIG}"
+        )
 
 
 def load_trained(adapter: Adapter) -> tuple[torch.nn.Module, Base]:
@@ -127,15 +214,11 @@ def load_trained(adapter: Adapter) -> tuple[torch.nn.Module, Base]:
     check_base(adapter, base.info)
     with fitting(adapter, base.info):
         model = PeftModel.from_pretrained(base.model, adapter.folder, adapter_name=adapter.peft_name)
+        check_keys(adapter, model)
     make_fast(model)
     return model.eval(), base
 
 
 def adapter_tokenizer(folder: Path):
     """The tokenizer saved with an adapter; raises UserError where its files are incomplete."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, **LOCAL)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder}: tokenizer files missing or broken; copy the base's") from None
+    return load_tokenizer(folder)

@@ -5,6 +5,7 @@ import torch
 
 from qlora import prompts as p
 from qlora.cli import UsageError, UserError, note
+from qlora.conversations import chat_example
 from qlora.data import Row
 from qlora.logits import IGNORE
 
@@ -18,7 +19,7 @@ def encode_rows(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -
     encode = {
         "sentiment": lambda row: p.sentiment_example(tokenizer, prompt, row.text, row.label),
         "lm": lambda row: p.lm_example(tokenizer, row.text, prompt.max_length),
-        "chat": lambda row: p.chat_example(tokenizer, row.messages),
+        "chat": lambda row: chat_example(tokenizer, row.messages, prompt.max_length),
     }[prompt.objective]
     try:
         made = [dict(zip(("input_ids", "labels"), encode(row))) for row in rows]

@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
-import errno
 import io
 import os
+import pickle
 import re
 import signal
 import sys
@@ -75,7 +75,7 @@ def parse(kind: type, argv: Sequence[str] | None, text: str | None, default=None
 
     `default` replaces the defaults of `kind`. Raises UsageError with one line; exits with 0 after --help.
     """
-    refuse_long_dashes(kind, argv)
+    refuse_unreadable(kind, argv)
     captured = io.StringIO()
     extra = {} if default is None else {"default": default}
     try:
@@ -110,7 +110,10 @@ def one_line(boxed: str) -> str:
     '╭─ Value error ─╮ │ Error parsing --samples: … │ ────── │ …' -> 'Error parsing --samples: …'
     """
     rows = [re.sub(r"^[│\s]+|[│\s]+$", "", line) for line in boxed.splitlines()[1:]]
-    rule = next((i for i, row in enumerate(rows) if row.startswith("──")), len(rows))
+    is_rule = lambda row: re.fullmatch("[─-]{5,}", row) is not None
+    if rows and is_rule(rows[0]):  # stdout is not in UTF-8: no frame, and a rule under the title
+        del rows[0]
+    rule = next((i for i, row in enumerate(rows) if is_rule(row)), len(rows))
     message = " ".join(rows[:rule])
     # tyro lists an unknown flag's value as if it were a second unknown flag: name the flags only.
     if message.startswith("Unrecognized options:"):
@@ -123,10 +126,12 @@ def one_line(boxed: str) -> str:
     return f"{message.rstrip('.')} (all flags: --help)"
 
 
-def refuse_long_dashes(kind: type, argv: Sequence[str] | None) -> None:
-    """Editors make one long dash out of two (–samples), which would be read as a prompt."""
+def refuse_unreadable(kind: type, argv: Sequence[str] | None) -> None:
+    """Words that are no text, and flags with one long dash for two (–samples), as editors write them."""
     flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
     for word in sys.argv[1:] if argv is None else argv:
+        is_text = not any("\ud800" <= letter <= "\udfff" for letter in word)
+        require(is_text, f"{word!r}: not text in UTF-8; rename the file")
         meant = "--" + word.lstrip("–—-").split("=")[0].replace("_", "-")
         if word[:1] in ("–", "—") and meant in flags:
             raise UsageError(f"{word} begins with a long dash; type two short ones: {meant}")
@@ -136,6 +141,8 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """Call `main`; turn what went wrong into one line on stderr and an exit code (0, 1, 2 or 130)."""
     # SIGTERM as Ctrl-C: temporary files are deleted, a server that was started stops.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that is not in UTF-8 can't show every review
+        sys.stdout.reconfigure(errors="backslashreplace")
     untouched = "what was complete before is untouched; fix this and run again"
     ways = "lower --batch-size or --max-length, add --gradient-checkpointing, or choose a smaller --model"
     try:
@@ -150,14 +157,20 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     except MemoryError:
         fail(f"out of memory: {ways}", 1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR):
-            raise
-        fail(f"{os.strerror(error.errno)}: {error.filename or 'while writing'}; {untouched}", 1)
+        what = os.strerror(error.errno) if error.errno else first_line(error)
+        fail(f"{what}: {str(error.filename or 'while reading or writing')[:200]}; {untouched}", 1)
+    except pickle.UnpicklingError:
+        fail("a checkpoint holds a pickle that could run code; delete that folder and run again", 1)
     except Exception as error:  # writers in Rust and C++ raise their own kinds
         text = str(error)
-        # safetensors and tokenizers (Rust) quote the system; torch.save (C++) names only its source file.
-        if "No space left on device" in text or "inline_container.cc" in text:
-            fail(f"{os.strerror(errno.ENOSPC)}: while writing; {untouched}", 1)
+        # safetensors and tokenizers (Rust) quote the system's number.
+        if number := re.search(r"\(os error (\d+)\)", text):
+            fail(f"{os.strerror(int(number[1]))}: while reading or writing; {untouched}", 1)
+        # torch.save (C++) names only its source file or its stream's method.
+        if any(
+            words in text for words in ("No space left on device", "inline_container.cc", "basic_ios::clear")
+        ):
+            fail(f"No space left on device, or a limit reached: while writing; {untouched}", 1)
         out_of_memory = "out of memory" in text.lower() or "can't allocate memory" in text
         if isinstance(error, RuntimeError) and out_of_memory:
             fail(f"out of memory: {ways}", 1)

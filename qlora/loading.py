@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from config import PRECISIONS
+from config import PRECISIONS, Precision
 from qlora.cli import UserError, first_line
 from qlora.hardware import Hardware
 from qlora.sources import check_folder, locate
+from qlora.templates import refuse_endless
 
 # transformers warns of its own calls between two of its names for activation checkpointing.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
@@ -22,6 +22,7 @@ transformers.utils.logging.disable_progress_bar()
 
 # Only what is on this disk is read, and no code of a model's author is run.
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
+NEEDS_CODE = "it needs code of its author, which is never run here"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class BaseInfo:
     name: str  # what --model takes
     public_name: str  # hub id, or the local path: adapter_config.json's base_model_name_or_path
     revision: str  # hub commit, or sha256 of the GGUF file; "" for a plain folder
-    precision: str
+    precision: Precision
     dtype: str
     config_sha256: str
 
@@ -78,7 +79,7 @@ def load_base(name: str, precision: str, hardware: Hardware, revision=None, quan
             use_safetensors=True,
             **LOCAL,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+    tokenizer = load_tokenizer(folder)
     if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
         which = f"no weights for {missing[0]} and {len(missing) - 1} more that its config.json names"
         raise UserError(f"{name}: {folder} has {which}; fetch it again")
@@ -95,16 +96,32 @@ def readable(name: str, folder: Path):
     """Turns what transformers raises on a damaged model folder into a UserError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise UserError(f"{name}: the model in {folder} can't be loaded ({first_line(error)})") from None
-    except Exception as error:
-        if "ignore_mismatched_sizes" in str(error):
-            what = "the weights have other sizes than config.json says; fetch both again"
-        elif type(error).__name__ == "SafetensorError":
-            what = f"a weights file is damaged or cut short ({first_line(error)}); fetch it again"
-        else:
+    except Exception as error:  # a config can make any line of transformers fail
+        text = str(error)
+        if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate" in text:
             raise
-        raise UserError(f"{name}: {folder}: {what}") from None
+        what = f"can't be loaded ({first_line(error)}); fetch it again"
+        if "ignore_mismatched_sizes" in text:
+            what = "can't be loaded: the weights have other sizes than config.json says; fetch both again"
+        elif type(error).__name__ == "SafetensorError":
+            what = f"can't be loaded: its weights are damaged or cut short ({first_line(error)}); fetch again"
+        elif "trust_remote_code" in text:
+            what = f"can't be loaded: {NEEDS_CODE}"
+        raise UserError(f"{name}: the model in {folder} {what}") from None
+
+
+def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
+    """Raises UserError where its files are missing or broken, and for a chat template that does not end."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        if tokenizer.chat_template is not None:  # of several by name, the default
+            tokenizer.chat_template = tokenizer.get_chat_template()
+    except Exception as error:  # the tokenizers library, written in Rust, raises Exception itself
+        why = NEEDS_CODE if "trust_remote_code" in str(error) else first_line(error)
+        raise UserError(f"{folder}: tokenizer files missing or broken ({why}); copy the base's") from None
+    if tokenizer.chat_template is not None:
+        refuse_endless(str(folder), tokenizer.chat_template)
+    return tokenizer
 
 
 def never_repack(model) -> None:

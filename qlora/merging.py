@@ -8,7 +8,7 @@ import torch
 from config import FEW_SHOT
 from qlora.adapters import Adapter
 from qlora.cli import UsageError, UserError, note
-from qlora.files import free_bytes, staged
+from qlora.files import free_bytes, seal, staged
 from qlora.loading import Base, load_base
 from qlora.logits import last_logits
 from qlora.measures import relative_error
@@ -46,9 +46,10 @@ def merge_into(out: Path, which: str, adapter: Adapter, model, base: Base, compa
         drift = relative_error(reference, logits_of(merged, prompts, base))
         chosen = "" if not compare else "; this one is written" if kind == which else "; not written"
         note(f"merge      into {kind} weights: logits {100 * drift:.2f}% off the trained model's{chosen}")
-    with staged(out, ".merge-") as part:  # a training run in the same folder deletes its own leftovers
+    with staged(out) as part:
         merged.save_pretrained(part)
         base.tokenizer.save_pretrained(part)
+        seal(part)
     size = sum(p.stat().st_size for p in out.iterdir()) / 1e9
     note(f"weights    {str(merged.dtype).removeprefix('torch.')}, {size:.2f} GB")
 

@@ -2,6 +2,9 @@
 
 It uses the tokenizer's own chat template, since that is what llama-cli, llama-server and Ollama will apply.
 It is saved with the adapter (qlora.json), so that a prompt can't differ between training and use.
+
+Texts come from outside. A control token in one of them ("<|im_end|>" in a review) is text like any other:
+only the template begins and ends turns (qlora/control_tokens.py).
 """
 
 import functools
@@ -12,10 +15,9 @@ import jinja2
 
 from config import SENTIMENT_ANSWERS, SENTIMENT_QUESTION, SENTIMENT_SYSTEM
 from qlora.cli import UserError, require
+from qlora.control_tokens import encode, end_ids, marked, message_ids, text_ids, written
 from qlora.logits import IGNORE
 
-# Llama 3's template writes today's date unless it is given one: every day would be another prompt.
-TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024"}
 Examples = Sequence[tuple[str, int]]  # (text, label) for a few-shot prompt
 
 
@@ -64,12 +66,22 @@ def clean(text: str) -> str:
 
 def render(tokenizer, messages: Sequence[dict], add_generation_prompt: bool) -> list[int]:
     """Token ids of a conversation by the tokenizer's chat template; a plain layout where it has none."""
+    talk, has_marks = marked(tokenizer, messages)
+    return encode_talk(tokenizer, layout(tokenizer, talk, add_generation_prompt), has_marks)
+
+
+def layout(tokenizer, messages: Sequence[dict], add_generation_prompt: bool) -> str:
+    """The text of a conversation; what marked() marked stays so."""
     if tokenizer.chat_template is not None:
-        messages = arranged(tokenizer, messages)
-        return _apply(tokenizer, messages, add_generation_prompt=add_generation_prompt, tokenize=True)
+        return written(tokenizer, arranged(tokenizer, messages), add_generation_prompt)
     end = tokenizer.eos_token
     parts = [f"Answer: {m['content']}{end}" if m["role"] == "assistant" else m["content"] for m in messages]
-    return tokenizer("\n\n".join([*parts, "Answer:"] if add_generation_prompt else parts))["input_ids"]
+    return "\n\n".join([*parts, "Answer:"] if add_generation_prompt else parts)
+
+
+def encode_talk(tokenizer, text: str, has_marks: bool) -> list[int]:
+    """Token ids of layout()'s text: a chat template writes BOS itself, else the tokenizer adds its own."""
+    return encode(tokenizer, text, has_marks, add_special_tokens=tokenizer.chat_template is None)
 
 
 def arranged(tokenizer, messages: Sequence[dict]) -> list[dict]:
@@ -78,10 +90,6 @@ def arranged(tokenizer, messages: Sequence[dict]) -> list[dict]:
         first = f"{messages[0]['content']}\n\n{messages[1]['content']}"
         return [{**messages[1], "content": first}, *messages[2:]]
     return list(messages)
-
-
-def _apply(tokenizer, messages, **options):
-    return tokenizer.apply_chat_template(messages, return_dict=False, **TEMPLATE_VARIABLES, **options)
 
 
 @functools.lru_cache
@@ -97,8 +105,8 @@ def takes_system(template: str) -> bool:
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), **tokens)
     asked = [{"role": "system", "content": "SYSTEM"}, {"role": "user", "content": "USER"}]
     try:
-        before = _apply(plain, asked, add_generation_prompt=True, tokenize=False)
-        after = _apply(plain, [*asked, {"role": "assistant", "content": "REPLY"}], tokenize=False)
+        before = written(plain, asked, True)
+        after = written(plain, [*asked, {"role": "assistant", "content": "REPLY"}], False)
     except jinja2.TemplateError:
         return False
     return "SYSTEM" in before and after.startswith(before)
@@ -115,10 +123,15 @@ def sentiment_messages(prompt: PromptFormat, text: str, examples: Examples = ())
 
 def shorten(tokenizer, text: str, tokens: int) -> str:
     """The last `tokens` tokens of `text`, as text: a review's verdict stands at its end."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return last_of(tokenizer, text, message_ids(tokenizer, text), tokens)
+
+
+def last_of(tokenizer, text: str, ids: list[int], tokens: int) -> str:
+    """shorten(), where the text's ids are known."""
     if len(ids) <= tokens:
         return text
-    return tokenizer.decode(ids[-tokens:], skip_special_tokens=False).lstrip("\ufffd").strip()
+    kept = ids[len(ids) - max(tokens, 0) :]
+    return tokenizer.decode(kept, skip_special_tokens=False).lstrip("\ufffd").strip()
 
 
 def sentiment_prompt(tokenizer, prompt: PromptFormat, text: str, examples: Examples = ()) -> list[int]:
@@ -137,17 +150,23 @@ def fitted_messages(tokenizer, prompt: PromptFormat, text: str, examples: Exampl
     limit = f"--max-length {prompt.max_length}"
     require(frame < room, f"{limit} leaves no room for a text: the question alone takes {frame} tokens")
     # Cutting inside a word can make it more tokens when it is read again: cut until it fits.
-    keep = room - frame
-    cut = shorten(tokenizer, text, keep)
+    keep, ids = room - frame, message_ids(tokenizer, text)
+    cut = last_of(tokenizer, text, ids, keep)
     while (excess := len(render(tokenizer, sentiment_messages(prompt, cut), True)) - room) > 0:
         keep -= excess
-        cut = shorten(tokenizer, text, keep)
+        cut = last_of(tokenizer, text, ids, keep)
     return sentiment_messages(prompt, cut, examples)
 
 
 def answer_ids(tokenizer, prompt: PromptFormat, label: int) -> list[int]:
     """Token ids of an answer and its end token, as the chat template writes them: 'positive' -> [16185, 2]"""
-    return reply_ids(tokenizer, sentiment_messages(prompt, "x"), prompt.answers[label])
+    return list(_answer_ids(tokenizer, prompt, label))
+
+
+@functools.lru_cache
+def _answer_ids(tokenizer, prompt: PromptFormat, label: int) -> list[int]:
+    reply = {"role": "assistant", "content": prompt.answers[label]}
+    return turn_ids(tokenizer, *marked(tokenizer, [*sentiment_messages(prompt, "x"), reply]))[1]
 
 
 @functools.lru_cache
@@ -157,30 +176,25 @@ def _lengths(tokenizer, prompt: PromptFormat) -> tuple[int, int]:
     return answer, len(render(tokenizer, sentiment_messages(prompt, ""), True))
 
 
-def end_ids(tokenizer) -> set[int]:
-    """Tokens that end a turn: the end-of-text token and the other special ones (<|im_end|>, <|eot_id|>, …)"""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {tokenizer.eos_token_id, *tokenizer.all_special_ids, *added}
+def turn_ids(tokenizer, talk: Sequence[dict], has_marks: bool) -> tuple[list[int], list[int]]:
+    """(prompt, reply) of a talk that ends with a reply, as marked() gives it.
 
-
-def reply_ids(tokenizer, messages: Sequence[dict], reply: str) -> list[int]:
-    """What the template adds to the prompt for an assistant's `reply`, up to and with the first end token.
-
-    The line break that some templates print after the end token is left out: at run time generation has
-    stopped before it.
+    The reply is what the template adds to the prompt, up to and with the first end token: the template's own,
+    since one in the reply's text is marked. The line break that some templates print after it is left out: at
+    run time generation has stopped before it.
     """
-    asked = render(tokenizer, messages, True)
-    told = render(tokenizer, [*messages, {"role": "assistant", "content": reply}], False)
+    prompt, whole = layout(tokenizer, talk[:-1], True), layout(tokenizer, talk, False)
+    asked, told = (encode_talk(tokenizer, text, has_marks) for text in (prompt, whole))
     added, ends = told[len(asked) :], end_ids(tokenizer)
     if told[: len(asked)] != asked:
         # Without a special token between them, prompt and reply share a token (": " + "No" -> ":", " No").
         # Generation starts after the prompt's own tokens, so that is where the reply's tokens begin.
         before, after = tokenizer.decode(asked), tokenizer.decode(told)
-        if not after.startswith(before):
+        if not (after.startswith(before) and (whole.startswith(prompt) or not has_marks)):
             raise UserError("this chat template does not continue its own prompt: labels can't be placed")
-        added = tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
+        added = encode(tokenizer, whole[len(prompt) :] if has_marks else after[len(before) :], has_marks)
     stop = next((i for i, token in enumerate(added) if token in ends), None)
-    return [*added, tokenizer.eos_token_id] if stop is None else added[: stop + 1]
+    return asked, [*added, tokenizer.eos_token_id] if stop is None else added[: stop + 1]
 
 
 def sentiment_example(tokenizer, prompt: PromptFormat, text: str, label: int) -> tuple[list[int], list[int]]:
@@ -189,24 +203,9 @@ def sentiment_example(tokenizer, prompt: PromptFormat, text: str, label: int) ->
     return asked + answer, [IGNORE] * len(asked) + answer
 
 
-def chat_example(tokenizer, messages: Sequence[dict]) -> tuple[list[int], list[int]]:
-    """(input ids, labels) of a conversation; every assistant turn is trained on, with its end token."""
-    ids, labels = [], []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        asked = render(tokenizer, messages[:i], True)
-        reply = reply_ids(tokenizer, messages[:i], message["content"])
-        if asked[: len(ids)] != ids:
-            raise UserError("this chat template rewrites earlier turns: train on single-turn rows")
-        labels += [IGNORE] * (len(asked) - len(ids)) + reply
-        ids = asked + reply
-    return ids, labels
-
-
 def lm_example(tokenizer, text: str, max_length: int) -> tuple[list[int], list[int]]:
     """(input ids, labels = input ids) of plain text with its end token; cut at the end if longer."""
-    ids = tokenizer(text)["input_ids"]
+    ids = text_ids(tokenizer, text)
     if ids[-1:] != [tokenizer.eos_token_id]:
         ids.append(tokenizer.eos_token_id)
     return ids[:max_length], ids[:max_length]

@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from config import MODELS
 from qlora.cli import UsageError, UserError, first_line
 from qlora.hub import config_file
-from qlora.sources import HUB_ID, locate
+from qlora.sources import HUB_ID, locate, read_config
 
 SHAPES = json.loads(Path(__file__).with_name("shapes.json").read_text())
 
@@ -31,9 +30,10 @@ def model_config(name: str):
     if path.suffix != ".json" or not path.is_file():
         known = f"a config.json or its folder, a .gguf file, a hub id or a preset ({', '.join(SHAPES)})"
         raise UsageError(f"--model {name}: not found; expected {known}")
+    read_config(path)
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False), str(path)
-    except (OSError, LookupError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+    except Exception as error:  # a config can make any line of transformers fail
         raise UserError(f"{path}: not a config that transformers can read ({first_line(error)})") from None
 
 

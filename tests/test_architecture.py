@@ -50,7 +50,7 @@ def test_nobody_imports_a_script(path):
 
 def test_config_imports_nothing_heavy():
     assert imports(ROOT / "config.py") - {"__future__.annotations"} <= {
-        *("__future__", "dataclasses", "dataclasses.dataclass", "pathlib", "pathlib.Path"),
+        *("__future__", "sys", "dataclasses", "dataclasses.dataclass", "pathlib", "pathlib.Path"),
         *("typing", "typing.Literal", "typing.Optional", "tyro.conf"),
         *("tyro.conf.Positional", "tyro.conf.UseAppendAction"),
     }

@@ -97,7 +97,7 @@ def held_out(tokenizer, eval_samples: int, seed: int) -> HeldOut:
     """IMDB reviews that training holds out as well, in the same order."""
     found = load_rows("imdb")
     rows = split(found, 0, max(eval_samples, 64), seed)[1]
-    texts = [ids for row in rows if len(ids := tokenizer(row.text)["input_ids"]) >= TEXT_TOKENS]
+    texts = [ids for row in rows if len(ids := p.text_ids(tokenizer, row.text)) >= TEXT_TOKENS]
     prompt = p.choose_format("sentiment", found.kind, found.answers, EVAL_TOKENS)
     asked = rows[:eval_samples]
     return HeldOut(

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora.control_tokens import text_ids
 from qlora.generation import Sampling, generate
 from qlora.pictures import COLOURS, new_axes, save
 from qlora.tables import table, table_of
@@ -48,7 +49,7 @@ def entropy_bits(p: Tensor) -> float:
 
 def show_sampling(base, prompt: str, seed: int, tokens: int = 12) -> dict:
     """Print the distribution after `prompt` for SETTINGS, then seeded samples of `tokens` tokens."""
-    ids = base.tokenizer(prompt)["input_ids"]
+    ids = text_ids(base.tokenizer, prompt)
     row = torch.tensor([ids], device=base.model.device)
     with torch.inference_mode():
         logits = base.model(input_ids=row).logits[0, -1].float().cpu()

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
+from qlora.control_tokens import text_ids
 from qlora.generation import generate
 from qlora.lab.ledger import update_spectrum, variant_of
 from qlora.lora import PREFIX, refuse_broken_dora
@@ -38,7 +39,7 @@ def untrained_lora(model, config: LoraConfig, seed: int):
 @torch.no_grad()
 def show_untrained(base, config: LoraConfig, prompt: str, seed: int, tokens: int = 12) -> dict:
     """Print what a fresh adapter holds and changes (nothing), PEFT's formula, and the drift with noise."""
-    model, ids = base.model, base.tokenizer(prompt)["input_ids"]
+    model, ids = base.model, text_ids(base.tokenizer, prompt)
 
     def continuation() -> list[int]:
         return generate(model, [ids], tokens, eos_token_id=base.tokenizer.eos_token_id)[0]

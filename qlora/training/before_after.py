@@ -15,7 +15,7 @@ from qlora import prompts as p
 from qlora.batches import encode_rows
 from qlora.cli import UserError, note, progress
 from qlora.data import Row, evenly
-from qlora.files import sha256_of, write_json
+from qlora.files import sha256_of, write_record
 from qlora.loading import Base
 from qlora.training.run_folder import BEFORE, Run
 
@@ -50,7 +50,7 @@ class BeforeAfter:
             for name, measure in parts.items():
                 if name not in before:
                     before |= measure()
-                    write_json(run.out / BEFORE, before)
+                    write_record(run.out / BEFORE, before)
         return before
 
     def score_after(self, model, before: dict) -> dict:

@@ -2,24 +2,34 @@
 
 import contextlib
 import dataclasses
-import json
 import shlex
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from qlora.cli import UsageError, require
-from qlora.files import PART, lock_folder, remove_leftovers, write_json
+from qlora.cli import UsageError, UserError, note, require
+from qlora.files import (
+    PART,
+    SEAL,
+    broken_files,
+    discard,
+    lock_folder,
+    read_json,
+    read_record,
+    remove_leftovers,
+    write_record,
+)
 
 SETTINGS, BEFORE, REPORT = "settings.json", "before.json", "report.json"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "qlora.json")
 # All that a run writes besides its settings; --overwrite deletes these and nothing else.
 WRITTEN = (
-    *(REPORT, BEFORE, "report.md", "README.md", "curves.png", "qlora.json", "adapter_config.json"),
-    *("adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *(REPORT, SEAL, BEFORE, *ADAPTER, "report.md", "README.md", "curves.png"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"),
 )
 NOT_COMPARED = ("resume", "overwrite", "output_dir")
+EDITED = "give the settings as flags with --overwrite to start again"
 
 
 class Run:
@@ -31,8 +41,15 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether --resume has nothing left to do: report.json is written last."""
-        return self.settings.resume and (self.out / REPORT).exists()
+        """Whether --resume has nothing left to do: the report, written last, and the adapter are whole."""
+        if not (self.settings.resume and _is_json(self.out / REPORT)):
+            return False
+        broken = broken_files(self.out)
+        if broken is None:  # a run of a version without complete.json
+            broken = [name for name in ADAPTER if not (self.out / name).is_file()]
+        for name in broken:
+            note(f"{self.out / name} is damaged or missing: written again from the last checkpoint")
+        return not broken
 
     @property
     def resume_command(self) -> str:
@@ -52,17 +69,24 @@ class Run:
             for name in WRITTEN:  # but for the settings, which say that the folder is ours
                 (self.out / name).unlink(missing_ok=True)
             for folder in self.out.glob("checkpoint-*"):
-                shutil.rmtree(folder, ignore_errors=True)
+                discard(folder)
         kept = _as_json(settings)
         if self.older:  # stays so for the next --resume
             del kept["question"]
-        write_json(self.out / SETTINGS, kept)
+        write_record(self.out / SETTINGS, kept)
         self.begun = True
 
     def kept(self) -> dict:
-        """Scores of the base, and its revision, so far: BeforeAfter.score_before writes them."""
+        """Scores of the base, and its revision, so far: BeforeAfter.score_before writes them.
+
+        Of an older version's file, without a sha256, only the revision: the rest is measured again.
+        """
         path = self.out / BEFORE
-        return json.loads(path.read_text()) if path.exists() else {}
+        if not path.exists():
+            return {}
+        kept, vouched = read_record(path, f"delete {path}: the base is scored again")
+        revision = kept.get("revision")
+        return kept if vouched else {"revision": revision} if isinstance(revision, str) else {}
 
     @property
     def revision(self) -> str | None:
@@ -74,8 +98,9 @@ def saved_settings(out: Path, kind: type):
     """Settings of the run in `out`, to serve as defaults for --resume; None if there is none."""
     if not _is_run(out):
         return None
-    data, known = _read(out), vars(kind())
-    return kind(**{k: v for k, v in data.items() if k in known}, output_dir=out, resume=True)
+    read_record(out / SETTINGS, EDITED)
+    saved = read_json(out / SETTINGS, EDITED, kind)  # keys of other versions are ignored
+    return dataclasses.replace(saved, output_dir=out, resume=True)
 
 
 @contextlib.contextmanager
@@ -120,14 +145,20 @@ def _check_earlier(settings) -> None:
 
 
 def _read(out: Path) -> dict:
-    return json.loads((out / SETTINGS).read_text())
+    return read_record(out / SETTINGS, EDITED)[0]
+
+
+def _is_json(path: Path) -> bool:
+    with contextlib.suppress(OSError, UserError):
+        return bool(read_json(path, ""))
+    return False
 
 
 def _is_run(out: Path) -> bool:
     """settings.json alone says little, many programs write one; ours names LoRA's rank."""
     try:
-        return "lora_r" in _read(out)
-    except (OSError, ValueError, TypeError):
+        return "lora_r" in read_json(out / SETTINGS, "")
+    except (OSError, UserError):
         return False
 
 

@@ -1,8 +1,6 @@
 """What HF's Trainer lacks: batches by length, checkpoints that are complete or absent, Ctrl-C."""
 
-import contextlib
 import json
-import shutil
 import signal
 import threading
 import time
@@ -16,13 +14,13 @@ from transformers.trainer_callback import PrinterCallback
 from config import KEEP_CHECKPOINTS, PAD_MULTIPLE
 from qlora.batches import LengthBatches, collate
 from qlora.cli import note
-from qlora.files import publish, scratch, sha256_of
+from qlora.files import broken_files, discard, publish, scratch, seal
 from qlora.hardware import peak_memory_bytes, return_freed_memory
 from qlora.live_bytes import StepPeak
 from qlora.training.guards import Guards, all_matrices_learn, check_step
 from qlora.training.run_folder import Run
 
-MANIFEST, MEASURED = "complete.json", "measured.json"
+MEASURED = "measured.json"
 
 
 class Counts:
@@ -125,15 +123,13 @@ class QLoRATrainer(Trainer):
             # It looks once, in a process's third update: a resumed run takes the result over.
             measured = self.counts.measured() | {"guards": self.guards.of("all_matrices_learn")}
             (made / MEASURED).write_text(json.dumps(measured))
-            files = [path for path in sorted(made.rglob("*")) if path.is_file()]
-            hashes = {str(path.relative_to(made)): sha256_of(path) for path in files}
-            (made / MANIFEST).write_text(json.dumps(hashes))
-            shutil.rmtree(out / name, ignore_errors=True)
+            seal(made)
+            discard(out / name)
             publish(made, out / name)
         # Checkpoints of later steps were skipped when the run began: damaged, or of an older version.
         kept = [folder for folder in checkpoints(out) if step_of(folder) <= self.state.global_step]
         for old in set(checkpoints(out)) - set(kept[:KEEP_CHECKPOINTS]):
-            shutil.rmtree(old)
+            discard(old)
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -147,12 +143,10 @@ def step_of(checkpoint: Path) -> int:
 
 
 def last_complete(out: Path) -> Path | None:
-    """Newest checkpoint whose files all have the hashes of its manifest; the others are named and skipped."""
+    """Newest checkpoint that is whole by its complete.json; the others are named and skipped."""
     for folder in checkpoints(out):
-        with contextlib.suppress(OSError, ValueError):
-            hashes = json.loads((folder / MANIFEST).read_text())
-            if MEASURED in hashes and all(sha256_of(folder / name) == hashes[name] for name in hashes):
-                return folder
+        if broken_files(folder) == [] and (folder / MEASURED).exists():
+            return folder
         note(f"{folder} is incomplete, damaged or of an older version: skipped")
     return None
 

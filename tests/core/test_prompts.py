@@ -74,6 +74,10 @@ def test_long_review_keeps_its_end_and_fits(tokenizer, reviews):
         assert row.text[-20:] in text and f"\n\n{SENTIMENT_QUESTION}" in text
 
 
+def test_shortening_to_nothing_leaves_nothing(tokenizer):
+    assert [p.shorten(tokenizer, "one two three", tokens) for tokens in (2, 0, -1)] == ["two three", "", ""]
+
+
 def test_no_room_for_a_review(tokenizer):
     with pytest.raises(UserError, match="--max-length 20 leaves no room"):
         p.sentiment_prompt(tokenizer, p.choose_format("sentiment", "labels", SENTIMENT_ANSWERS, 20), REVIEW)
@@ -174,19 +178,6 @@ def test_no_chat_template_gets_a_plain_layout_with_end_token(tokenizer, bundled_
     ids, labels = p.sentiment_example(other, PROMPT, "Fine.", 1)
     assert other.decode(ids).endswith("\n\nAnswer: Positive<|im_end|>")
     assert labels[-1] == other.eos_token_id and labels[0] == p.IGNORE
-
-
-def test_conversation_trains_on_every_reply(tokenizer):
-    talk = [
-        {"role": "user", "content": "1+1?"},
-        {"role": "assistant", "content": "2"},
-        {"role": "user", "content": "2+2?"},
-        {"role": "assistant", "content": "4"},
-    ]
-    ids, labels = p.chat_example(tokenizer, talk)
-    learned = [i for i, label in zip(ids, labels) if label != p.IGNORE]
-    assert tokenizer.decode(learned) == "2<|im_end|>4<|im_end|>"
-    assert tokenizer.apply_chat_template(talk, tokenize=True, return_dict=False)[: len(ids)] == ids
 
 
 def test_lm_labels_are_the_input(tokenizer):

@@ -22,6 +22,7 @@ import gguf_export
 import gguf_files
 from gguf_files import check_metadata
 from qlora.adapters import read_adapter
+from qlora.files import PART, SEAL
 from settings import BIN
 
 no_tools = pytest.mark.skipif(not (BIN / "llama-quantize").exists(), reason="llama.cpp/build.sh has not run")
@@ -44,7 +45,7 @@ def pretend_built(tmp_path, monkeypatch):
 
 def changed(trained, folder, **config):
     """A copy of the trained adapter with other words in its adapter_config.json."""
-    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("checkpoint-*"))
+    shutil.copytree(trained, folder, ignore=shutil.ignore_patterns("checkpoint-*", SEAL))
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return folder
@@ -91,11 +92,11 @@ def merged(tmp_path_factory, trained):
 def pairs(tmp_path_factory, trained):
     """(output folder, adapters a and b, times at which their base was written): two adapters of one base.
 
-    b uses rsLoRA. The folder holds what killed exports left, the second time as an earlier version named it.
+    b uses rsLoRA. The folder holds what killed exports left.
     """
     folder, times = tmp_path_factory.mktemp("pairs"), []
     out, adapters = folder / "out", [changed(trained, folder / name, use_rslora=name == "b") for name in "ab"]
-    for adapter, left in zip(adapters, (".part-dead", ".export-dead")):
+    for adapter, left in zip(adapters, (f"{PART}dead", f"{PART}dead-too")):
         notes = json.loads((adapter / "qlora.json").read_text())
         (adapter / "qlora.json").write_text(json.dumps(notes | {"base": notes["base"] | {"revision": "r1"}}))
         (out / left).mkdir(parents=True)
@@ -165,7 +166,7 @@ def test_adapters_of_one_base_share_it_in_one_folder(pairs):
 
 @built
 def test_what_a_killed_export_left_is_removed(pairs):
-    assert not list(pairs[0].glob(".export-*")) and not list(pairs[0].glob(".part-*"))
+    assert not list(pairs[0].glob(f"{PART}*"))
 
 
 def test_two_exports_at_once_are_refused(tmp_path, trained, pretend_built):

@@ -25,7 +25,7 @@ import pytest
 from conftest import ROOT
 from gguf import GGUFWriter
 
-from qlora.prompts import TEMPLATE_VARIABLES
+from qlora.control_tokens import TEMPLATE_VARIABLES
 
 SCRIPT, BUILD = ROOT / "llama.cpp" / "serve.sh", ROOT / "llama.cpp" / "build"
 built = pytest.mark.skipif(

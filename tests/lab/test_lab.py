@@ -13,6 +13,7 @@ from transformers import AutoConfig, MixtralConfig
 import quant_llama32_4bit_lora as lab
 from config import DemoSettings
 from qlora.cli import UsageError, UserError
+from qlora.files import SEAL
 from qlora.hardware import detect
 from qlora.loading import load_base, quantization_config
 
@@ -106,7 +107,7 @@ def test_a_trained_adapter_is_measured_by_the_ledger(tmp_path, trained):
     parts = run_lab(tmp_path / "out", "--ledger", "--adapter", trained, "--model", model)
     matrices = parts["ledger"]["result"]["trained"]["matrices"]
     assert len(matrices) == 14 and all(m["ratio"] > 0 and 1 <= m["effective_rank"] <= 16 for m in matrices)
-    foreign = shutil.copytree(trained, tmp_path / "foreign")
+    foreign = shutil.copytree(trained, tmp_path / "foreign", ignore=shutil.ignore_patterns(SEAL))
     (foreign / "qlora.json").unlink()
     with pytest.raises(UserError, match="no qlora.json in it"):
         run_lab(tmp_path / "out", "--ledger", "--adapter", foreign)
@@ -133,7 +134,7 @@ def test_bad_flags_end_in_one_line(tmp_path, flags, words):
 
 def test_a_file_of_someone_elses_is_not_overwritten(tmp_path, tiny_folder):
     (tmp_path / "quantization.json").write_text("my notes")
-    with pytest.raises(UsageError, match="not written by this script"):
+    with pytest.raises(UserError, match="is damaged .*; move it away"):
         run_lab(tmp_path, "--ledger", "--model", tiny_folder)
     assert (tmp_path / "quantization.json").read_text() == "my notes"
 
@@ -143,7 +144,7 @@ def test_the_folder_is_looked_at_before_anything_is_computed(tmp_path):
     with pytest.raises(UsageError, match="is a file"):
         run_lab(tmp_path / "file" / "sub")
     (tmp_path / "quantization.json").write_text("[1]")
-    with pytest.raises(UsageError, match="not written by this script"):
+    with pytest.raises(UserError, match="is damaged .*; move it away"):
         run_lab(tmp_path)
 
 

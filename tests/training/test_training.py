@@ -11,6 +11,7 @@ import time
 import pytest
 from conftest import ROOT, SMALL_RUN, here, script
 
+from qlora.files import SEAL
 from qlora.training import trainer as t
 
 WEIGHTS = "adapter_model.safetensors"
@@ -170,7 +171,7 @@ def test_an_older_run_on_numbered_labels_is_resumed_with_its_own_question(tiny_f
     assert here("qlora_finetune.py", *flags).returncode == 0
     assert json.loads((out / "qlora.json").read_text())["prompt"]["answers"] == ["0", "1"]
     settings = json.loads((out / "settings.json").read_text())
-    del settings["question"]
+    del settings["question"], settings["sha256"]
     (out / "settings.json").write_text(json.dumps(settings))
     for left in ("report.json", "before.json"):
         (out / left).unlink()
@@ -183,9 +184,10 @@ def test_an_older_run_on_numbered_labels_is_resumed_with_its_own_question(tiny_f
 
 
 def test_a_merge_in_progress_is_no_leftover_of_the_run(tmp_path):
-    from qlora.files import remove_leftovers, scratch, staged
+    from qlora.files import PART, remove_leftovers, staged
 
-    with staged(tmp_path / "merged", ".merge-") as merging, scratch(tmp_path) as left:
+    with staged(tmp_path / "merged") as merging:
+        (left := tmp_path / f"{PART}of-a-killed-process").mkdir()
         remove_leftovers(tmp_path)
         assert merging.parent.exists() and not left.exists()
         merging.mkdir()
@@ -220,11 +222,12 @@ def test_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, harm, capsys
     elif (
         harm == "older version"
     ):  # without the record of what it took, the report would be of the last part only
-        manifest = json.loads((newest / t.MANIFEST).read_text())
+        manifest = json.loads((newest / SEAL).read_text())
         del manifest[t.MEASURED]
-        (newest / t.MANIFEST).write_text(json.dumps(manifest))
+        (newest / SEAL).write_text(json.dumps(manifest))
+        (newest / t.MEASURED).unlink()
     else:
-        os.unlink(newest / ("optimizer.pt" if harm == "delete optimizer" else t.MANIFEST))
+        os.unlink(newest / ("optimizer.pt" if harm == "delete optimizer" else SEAL))
     assert t.last_complete(out) == older
     assert "skipped" in capsys.readouterr().err
 
@@ -232,7 +235,7 @@ def test_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, harm, capsys
 def test_a_run_that_starts_again_keeps_its_new_checkpoints(uninterrupted, tiny_folder, tmp_path):
     # Passed-over checkpoints have higher numbers: they must not push the new ones out
     out = shutil.copytree(uninterrupted, tmp_path / "run")
-    for lost in (out / "report.json", *(folder / t.MANIFEST for folder in t.checkpoints(out))):
+    for lost in (out / "report.json", *(folder / SEAL for folder in t.checkpoints(out))):
         lost.unlink()
     process = start(out, tiny_folder, "--resume")
     wait_for(out / "checkpoint-10", process)
