@@ -161,8 +161,8 @@ def importance_matrix(adapter: Adapter, f16: Path, aside: Path) -> Path:
     samples = min(IMATRIX_ROWS, data.get("samples", IMATRIX_ROWS))
     rows, _ = split(load_rows(data["name"]), samples, data["eval_samples"], data["seed"])
     # llama-imatrix reads text and obeys the control tokens in it: rows that hold some are left out.
-    asks = lambda row: sentiment_messages(adapter.prompt, row.text)
-    rows = [row for row in rows if not has_control_tokens(tokenizer, asks(row))]
+    shots = lambda row: sentiment_messages(adapter.prompt, "", [(row.text, row.label)])  # with its answer
+    rows = [row for row in rows if not has_control_tokens(tokenizer, shots(row))]
     require(bool(rows), f"--imatrix: every row of {data['name']} holds control tokens; leave --imatrix out")
     prompts = [sentiment_example(tokenizer, adapter.prompt, row.text, row.label)[0] for row in rows]
     text, out = aside / "prompts.txt", aside / "imatrix.gguf"

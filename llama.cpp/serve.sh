@@ -101,8 +101,12 @@ fi
 # The mode as ls prints it, since stat's flags differ between systems: "-rw-------".
 [ "$(ls -ldL "$key_file" | cut -c5-10)" = ------ ] ||
   fail "$key_file: others may read this key; close it with: chmod 600 $(printf %q "$key_file")"
-# With no key in it llama-server would start open to everybody.
-grep -q '^[^#[:space:]]' "$key_file" || fail "$key_file: holds no key; delete it, the next start makes one"
+[ -O "$key_file" ] || fail "$key_file: belongs to another user, who knows the key; name another with --key-file"
+# With no key in it llama-server would start open to everybody; each line is a key of its own.
+keys="$(grep '^[^#[:space:]]' "$key_file" || true)"
+[ -n "$keys" ] || fail "$key_file: holds no key; delete it, the next start makes one"
+! grep -qvE '^.{16,}$' <<<"$keys" ||
+  fail "$key_file: a key with fewer than 16 characters can be guessed; delete the file, the next start makes one"
 
 taken="--port $port is taken (or, below 1024, not allowed): name another, or stop the program that has it"
 ! (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || fail "$taken" # before that server's log is emptied
@@ -139,8 +143,9 @@ report() { # what to do with the server that is ready
   done
   echo "address    $url (API alone, from this machine alone; --help says how to open it to others)"
   echo "key        $key_file${made_key:-}"
+  # The key comes from a file: in curl's arguments every user of this machine could read it.
   echo "try        curl $url/v1/chat/completions" \
-    "-H \"Authorization: Bearer \$(cat $(printf %q "$key_file"))\"" \
+    "-H @<(printf 'Authorization: Bearer %s' \"\$(cat $(printf %q "$key_file"))\")" \
     "-d '{\"temperature\": 0, \"messages\": $messages$lora}'"
   echo "python     client = openai.OpenAI(base_url=\"$url/v1\", api_key=open(\"$key_file\").read().strip())"
   echo "           client.chat.completions.create(model=\"any\", temperature=0, messages=$messages$extra)"

@@ -59,6 +59,7 @@ class LoraSettings:
     target_modules: str | list[str] | None = None
     base_model_name_or_path: str | None = None
     megatron_config: dict | None = None
+    alora_invocation_tokens: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def read_adapter(folder: Path) -> Adapter:
         raise UserError(f"{name}: {CONFIG} describes no LoRA adapter ({kind}); {AGAIN}")
     if settings.megatron_config:  # PEFT would import the module that the adapter names
         raise UserError(f"{name}: adapters for Megatron are not loaded: they name a module to import")
+    if settings.alora_invocation_tokens:
+        raise UserError(f"{name}: activated LoRA is not supported: it begins in the middle of a prompt")
     check_weights(folder / WEIGHTS)
     if not (folder / SEAL).exists():
         note(f"note       {name} has no {SEAL}: whether its files are what was trained can't be checked")

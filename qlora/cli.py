@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import pickle
@@ -9,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from urllib.parse import urlsplit
 
 import tyro
 
@@ -76,6 +78,10 @@ def parse(kind: type, argv: Sequence[str] | None, text: str | None, default=None
     `default` replaces the defaults of `kind`. Raises UsageError with one line; exits with 0 after --help.
     """
     refuse_unreadable(kind, argv)
+    try:  # huggingface_hub looks while it is imported
+        _ = urlsplit(os.environ.get("HF_ENDPOINT", "")).port
+    except ValueError as error:
+        raise UsageError(f"HF_ENDPOINT is no address of a hub ({error}); unset it") from None
     captured = io.StringIO()
     extra = {} if default is None else {"default": default}
     try:
@@ -157,7 +163,7 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     except MemoryError:
         fail(f"out of memory: {ways}", 1)
     except OSError as error:
-        what = os.strerror(error.errno) if error.errno else first_line(error)
+        what = os.strerror(error.errno) if error.errno in errno.errorcode else first_line(error)
         fail(f"{what}: {str(error.filename or 'while reading or writing')[:200]}; {untouched}", 1)
     except pickle.UnpicklingError:
         fail("a checkpoint holds a pickle that could run code; delete that folder and run again", 1)

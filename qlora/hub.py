@@ -1,15 +1,19 @@
 """The Hugging Face hub: snapshots without pickles, and its errors in plain words."""
 
+import errno
+import os
 from pathlib import Path
 
 from config import BUNDLED, MODELS
 from qlora.cli import UserError, first_line
+from qlora.fetch import hide_passwords
 
 # Weights as safetensors only: unpickling a .bin runs whatever code its author put there.
 WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model"]
 WANTED += ["merges.txt", "vocab*"]
 UNWANTED = ["original/*", "consolidated*", "onnx/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.h5"]
 # What huggingface_hub and httpx raise where nothing answers.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EMFILE)
 UNREACHABLE = {"LocalEntryNotFoundError", "ConnectionError", "HTTPError"}
 
 
@@ -36,7 +40,7 @@ def config_file(hub_id: str) -> Path:
 
 
 def explain(error: Exception, name: str, kind: str) -> UserError:
-    """A UserError for what the hub's client raised; re-raises what has nothing to do with the hub."""
+    """A UserError for what the hub's client raised; re-raises what the disk says."""
     causes, cause = [], error
     while cause is not None and cause not in causes:
         causes.append(cause)
@@ -58,9 +62,20 @@ def explain(error: Exception, name: str, kind: str) -> UserError:
         what = f"'{name}' is neither a file or folder here nor a hub id (owner/name)"
     elif kinds & UNREACHABLE:
         what = f"the Hugging Face hub can't be reached ({type(error).__name__}); {name} is not in the cache"
-    elif kind == "dataset":  # one without data files, with several configurations, with a script, …
-        what = f"--dataset {name} can't be loaded ({first_line(error)})"
-    else:
+    elif isinstance(error, (MemoryError, OSError)) and getattr(error, "errno", None) in DISK:
         raise error
+    elif kind == "dataset":  # one without data files, with several configurations, with a script, …
+        what = f"--dataset {name} can't be loaded ({without_secrets(first_line(error))})"
+    else:  # an address, a token, a proxy or a certificate file that the client can't use
+        why = f"{type(error).__name__}: {without_secrets(first_line(error))}"
+        what = (
+            f"the Hugging Face hub can't be asked ({why}); check HF_ENDPOINT, HF_TOKEN, proxy, certificates"
+        )
     instead = f"--model {BUNDLED}" if kind == "model" else "--dataset imdb"
     return UserError(f"{what}; without the hub: {instead}")
+
+
+def without_secrets(text: str) -> str:
+    """Without passwords in addresses and the hub's token."""
+    token = os.environ.get("HF_TOKEN") or "\0"
+    return hide_passwords(text.replace(token, "****"))

@@ -12,8 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from config import PRECISIONS, Precision
 from qlora.cli import UserError, first_line
 from qlora.hardware import Hardware
+from qlora.shapes import skeleton
 from qlora.sources import check_folder, locate
 from qlora.templates import refuse_endless
+from qlora.weights import plain_tensors
 
 # transformers warns of its own calls between two of its names for activation checkpointing.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
@@ -86,6 +88,7 @@ def load_base(name: str, precision: str, hardware: Hardware, revision=None, quan
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     never_repack(model)
+    refuse_broken_weights(name, model)
     refuse_misread_rows(name, model)
     info = BaseInfo(name, public_name, revision, precision, str(dtype).removeprefix("torch."), config_sha256)
     return Base(model.eval(), tokenizer, info, hardware)
@@ -133,6 +136,23 @@ def never_repack(model) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def refuse_broken_weights(name: str, model) -> None:
+    """Raise UserError for NaN, infinity and shapes that are not config.json's.
+
+    transformers compares no shapes of layers that it quantizes. aminmax() needs no memory, unlike isfinite().
+    """
+    shapes = {key: parameter.shape for key, parameter in skeleton(model.config).named_parameters()}
+    for key, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        found = tuple(state.shape if state is not None else parameter.shape)
+        if key in shapes and found != tuple(shapes[key]):
+            wanted = f"config.json says {tuple(shapes[key])}"
+            raise UserError(f"{name}: {key} has the shape {found}, {wanted}; fetch both again")
+        for tensor in plain_tensors(parameter):
+            if tensor.is_floating_point() and not all(end.isfinite() for end in tensor.aminmax()):
+                raise UserError(f"{name}: NaN or infinity in {key}; fetch it again")
 
 
 def refuse_misread_rows(name: str, model) -> None:

@@ -35,6 +35,8 @@ reply = {{"role": "assistant", "content": "Hi."}}
 longer = render([{{"role": "system", "content": "Be brief."}}, user, reply, user])
 if isinstance(asked, Exception):
     sys.exit(f"fails on one user message ({{type(asked).__name__}}: {{asked}})")
+if not asked.strip():
+    sys.exit("writes nothing")
 if max(len(asked), len(str(longer))) > {most}:
     sys.exit("writes more than {most:,} characters around a few words")
 """

@@ -227,3 +227,36 @@ def test_a_resumed_run_stays_at_the_commit_that_it_began_with(hub, tmp_path, mon
     done = script("qlora_finetune.py", "--output-dir", out, "--resume", env=hub)
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "qlora.json").read_text())["base"]["revision"] == COMMIT
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("HF_TOKEN", "hf_TOPSECRET_é"),
+        ("HF_TOKEN", "hf_TOPSECRET\nX: y"),
+        ("HF_ENDPOINT", "no-address"),
+        ("HF_ENDPOINT", "http://user:S3CRET@127.0.0.1:9"),
+        ("HTTPS_PROXY", "nonsense://user:S3CRET@x"),
+        ("ALL_PROXY", "socks5://user:S3CRET@127.0.0.1:9"),
+        ("SSL_CERT_FILE", "/no/such.pem"),
+        ("SSL_CERT_FILE", __file__),
+    ],
+)
+def test_surroundings_that_the_client_can_not_use(name, value, tmp_path):
+    ask = "from qlora.cli import run; from qlora.hub import snapshot; run(lambda _: snapshot('a/b', None))"
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_TOKEN": "hf_TOPSECRET", name: value}
+    env.pop("HF_HUB_OFFLINE", None)
+    done = subprocess.run([sys.executable, "-c", ask], env=env, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+    assert "SECRET" not in done.stderr and "S3CRET" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: the Hugging Face hub can't be "), done.stderr
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:99999", "http://[::", "http://host:port"])
+def test_an_address_that_is_none_is_told_before_anything_is_imported(address, monkeypatch):
+    import qlora_inference
+    from qlora.cli import UsageError
+
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(UsageError, match="HF_ENDPOINT is no address of a hub"):
+        qlora_inference.main(["--adapter", "none", "--model", "a/b", "x"])

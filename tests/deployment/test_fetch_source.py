@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import sys
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import ROOT
 
 from qlora.cli import UserError
+from qlora.fetch import hide_passwords
 
 sys.path.insert(0, str(ROOT / "llama.cpp"))
 import source
@@ -33,7 +37,9 @@ def index(tmp_path, monkeypatch):
         f'<a href="../the-pkg/pkg-1.0.tar.gz#sha256={digest}">pkg-1.0.tar.gz</a>'
     )
     monkeypatch.setattr(
-        source, "package_indexes", lambda: [f"file://{tmp_path}/nowhere", f"file://{tmp_path}/simple"]
+        source,
+        "pip_settings",
+        lambda: {"index-url": f"file://{tmp_path}/nowhere", "extra-index-url": f"file://{tmp_path}/simple"},
     )
     return archive, PackagedSource("the-pkg", "pkg-1.0.tar.gz", digest, "pkg-1.0/inner")
 
@@ -72,3 +78,105 @@ def test_links_that_lead_out_of_the_archive_are_not_followed(tmp_path, index):
     with pytest.raises((UserError, tarfile.TarError)):
         source.fetch_source(pin, tmp_path / "out" / "source")
     assert not (tmp_path / "escaped").exists() and not (tmp_path / "out" / "source").exists()
+
+
+class Index(BaseHTTPRequestHandler):
+    """A private index: answers only those who send its password, and the file lies behind a redirect."""
+
+    folder, heard, elsewhere = None, [], ""
+
+    def do_GET(self):
+        self.heard.append((self.headers["Host"], self.path, self.headers["Authorization"]))
+        wanted = "Basic " + base64.b64encode(b"user:S3CRET").decode()
+        if self.headers["Authorization"] != wanted and not self.path.startswith("/free/"):
+            return self.reply(401)
+        if self.path == "/simple/the-pkg/":
+            return self.reply(200, b'<a href="pkg-1.0.tar.gz#sha256=0">pkg</a>')
+        if self.path == "/simple/the-pkg/pkg-1.0.tar.gz":
+            return self.reply(302, location=f"{self.elsewhere}/free/pkg-1.0.tar.gz")
+        self.reply(200, self.folder.read_bytes())
+
+    def reply(self, status, body=b"", location=None):
+        self.send_response(status)
+        if location:
+            self.send_header("Location", location)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def private(index, monkeypatch):
+    """(port of a private index, of another host with the file)"""
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), Index) for _ in range(2)]
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    ports = [server.server_port for server in servers]
+    monkeypatch.setattr(Index, "folder", index[0])
+    monkeypatch.setattr(Index, "heard", [])
+    monkeypatch.setattr(Index, "elsewhere", f"http://localhost:{ports[1]}")
+    yield ports[0]
+    for server in servers:
+        server.shutdown()
+
+
+def test_a_private_index_is_used_and_its_password_goes_nowhere_else(index, private, tmp_path, monkeypatch):
+    address = f"http://user:S3CRET@127.0.0.1:{private}/simple"
+    monkeypatch.setattr(source, "pip_settings", lambda: {"index-url": address})
+    target = source.fetch_source(index[1], tmp_path / "out" / "source")
+    assert [p.name for p in target.iterdir()] == ["CMakeLists.txt"]
+    ours = [authorization for host, _, authorization in Index.heard if host.startswith("127.")]
+    others = [authorization for host, _, authorization in Index.heard if host.startswith("localhost")]
+    assert len(ours) == 2 and all(ours) and others == [None]
+
+
+@pytest.mark.parametrize(
+    "end", ["@127.0.0.1:9/simple", "@host.invalid/simple", "@127.0.0.1:99999/simple", "@/x"]
+)
+def test_a_password_is_never_printed(index, tmp_path, monkeypatch, end):
+    # it was, and without a port there was a traceback
+    for start in ("http://user:S3CRET", "https://user:S3C@RET"):
+        monkeypatch.setattr(source, "pip_settings", lambda: {"index-url": start + end})
+        with pytest.raises(UserError, match="could not be downloaded") as caught:
+            source.fetch_source(index[1], tmp_path / "out" / "source")
+        assert "S3C" not in str(caught.value) and "RET" not in str(caught.value)
+
+
+def test_no_index_is_respected(index, tmp_path, monkeypatch):
+    archive, pin = index
+    asked = {"index-url": f"file://{tmp_path}/simple", "no-index": "1"}
+    monkeypatch.setattr(source, "pip_settings", lambda: asked)
+    with pytest.raises(UserError, match="no-index is set"):
+        source.fetch_source(pin, tmp_path / "out" / "source")
+    (archive.parent / "index.html").unlink()
+    for links in (str(archive.parent), archive.parent.as_uri()):
+        asked["find-links"] = links
+        assert source.fetch_source(pin, tmp_path / links[-3:] / "source").is_dir()
+
+
+@pytest.mark.parametrize("name, value", [("cert", "/no/such.pem"), ("proxy", "nonsense://x")])
+def test_a_bad_certificate_file_or_proxy_is_one_line(index, private, tmp_path, monkeypatch, name, value):
+    address = f"{'https' if name == 'cert' else 'http'}://user:S3CRET@127.0.0.1:{private}/simple"
+    monkeypatch.setattr(source, "pip_settings", lambda: {"index-url": address, name: value})
+    with pytest.raises(UserError, match="could not be downloaded"):
+        source.fetch_source(index[1], tmp_path / "out" / "source")
+
+
+def test_pips_settings_are_read(monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "/a /b")
+    assert source.pages("the-pkg") == ["file:///a", "file:///b"]
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://host/simple/")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    assert source.pages("the-pkg")[0] == "https://host/simple/the-pkg/"
+
+
+def test_pips_own_words_carry_no_password():
+    said = "Could not find a version (from http://user:S3CRET@host:9/simple/, 'https://a:b@c/?token=x')"
+    assert not any(secret in hide_passwords(said) for secret in ("S3CRET", "a:b", "token=x"))
+    plain = "mail me@here.org, see https://pypi.org/simple"
+    assert hide_passwords(plain) == plain

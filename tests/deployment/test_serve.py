@@ -154,6 +154,8 @@ def test_the_key_file_is_made_once_and_closed_to_others(pretended):
         ("secret\n", 0o640, "chmod 600"),
         ("", 0o600, "holds no key"),
         ("# secret\n\n", 0o600, "holds no key"),
+        ("x\n", 0o600, "fewer than 16 characters"),
+        ("0123456789abcdef\nx\n", 0o600, "fewer than 16 characters"),
     ],
 )
 def test_a_key_file_that_would_not_protect_is_refused(pretended, content, mode, words):
@@ -163,6 +165,28 @@ def test_a_key_file_that_would_not_protect_is_refused(pretended, content, mode, 
     key_file.chmod(mode)
     done = serve(pretended, "--key-file", key_file)
     assert done.returncode == 1 and words in error(done)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_another_users_key_file_is_refused(pretended):
+    key_file = pretended / "key"
+    key_file.write_text("0123456789abcdef\n")
+    key_file.chmod(0o600)
+    os.chown(key_file, 12345, 12345)
+    done = serve(pretended, "--key-file", key_file)
+    assert done.returncode == 1 and "belongs to another user" in error(done)
+
+
+def test_the_printed_command_keeps_the_key_out_of_the_process_list(pretended):
+    # every user of a machine can read the arguments of every process
+    (line,) = [line for line in serve(pretended).stderr.splitlines() if line.startswith("try ")]
+    shown = (
+        f'curl() {{ printf \'%s\n\' "$@"; cat "${{3#@}}"; }}; {line.removeprefix("try").strip()}'
+    )
+    done = subprocess.run(["bash", "-c", shown], cwd=pretended, text=True, capture_output=True)
+    key = (pretended / "llama.cpp" / "api-key").read_text().strip()
+    arguments, header = done.stdout.split("Authorization: Bearer ")
+    assert key not in line and key not in arguments and header.startswith(key), done.stdout
 
 
 @pytest.mark.parametrize(
@@ -420,6 +444,7 @@ def test_it_says_what_it_serves(server):
     done = subprocess.run(
         command.replace("curl", "curl -s", 1),
         shell=True,
+        executable="/bin/bash",
         cwd=server.folder,
         capture_output=True,
         text=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -114,6 +115,23 @@ def test_impossible_configs(model, values):
     assert str(model) in error_of(done)
 
 
+@pytest.mark.parametrize(
+    "harm, match",
+    [
+        (lambda t: t * float("inf"), "NaN or infinity"),
+        (lambda t: t[:, :63].contiguous(), "has the shape"),
+        (lambda t: t[:0].contiguous(), "has the shape|can't be loaded"),
+    ],
+)
+@pytest.mark.parametrize("name", ["embed_tokens", "layers.1.self_attn.q_proj"])
+def test_weights_that_are_no_weights(model, name, harm, match):
+    tensors = load_file(model / "model.safetensors")
+    key = f"model.{name}.weight"
+    save_file(tensors | {key: harm(tensors[key])}, model / "model.safetensors", {"format": "pt"})
+    done = here("qlora_inference.py", "--adapter", "none", "--model", model, "--max-new-tokens", 1, "x")
+    assert re.search(f"{match}|other sizes", error_of(done))
+
+
 def test_configs_that_are_no_json(model):
     for content in (b"[" * 100_000, b'{"a": NaN', b"\xff\xfe{}", b"[]", b""):
         (model / "config.json").write_bytes(content)
@@ -133,6 +151,7 @@ def test_configs_that_are_no_json(model):
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
         ("{% include '/etc/passwd' %}", "fails"),
         ("{{ raise_exception('no') }}", "no"),
+        ("{{ messages[0]['content']|attr('__class__') }}", "writes nothing"),
     ],
 )
 def test_chat_templates_that_harm(template, match, monkeypatch):
@@ -144,10 +163,8 @@ def test_chat_templates_that_harm(template, match, monkeypatch):
 def test_chat_templates_that_are_fine():
     turns = "{% for m in messages %}{% generation %}{{ m.role ~ m.content }}{% endgeneration %}{% endfor %}"
     refuse_endless("model", turns)
-    only_user = (
-        "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('x') }}{% endif %}{% endfor %}"
-    )
-    refuse_endless("model", only_user)
+    no_system = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    refuse_endless("model", no_system + turns)
 
 
 def test_a_template_that_harms_is_refused_where_a_model_is_loaded(model):
@@ -249,6 +266,8 @@ def test_the_second_adapter_is_checked_as_the_first(adapter, trained):
         (CONFIG, {"target_modules": "(unclosed"}),
         (CONFIG, {"peft_type": ["LORA"]}),
         (CONFIG, {"rank_pattern": 3}),
+        (CONFIG, {"alora_invocation_tokens": 7}),
+        (CONFIG, {"alora_invocation_tokens": [7]}),
         (CONFIG, {"base_model_name_or_path": 3}),
         (CONFIG, {"megatron_config": {"a": 1}, "megatron_core": "antigravity"}),
         ("qlora.json", {"prompt": None}),
