@@ -30,6 +30,9 @@ results: .venv/installed  ## measure again (several hours; all but the longer ru
 	$(BIN)/python benchmarks/memory_prediction.py
 	$(BIN)/python benchmarks/timings.py
 	$(BIN)/python benchmarks/waiting.py
+	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/faults.py --cost
+	$(BIN)/python benchmarks/injection.py
 	$(BIN)/python quant_llama32_4bit_lora.py --output-dir $(RESULTS)/lab >$(RESULTS)/lab/demo.txt 2>&1
 	$(MAKE) run >$(RESULTS)/default_run.log 2>&1
 	cp qlora-out/report.json $(RESULTS)/default_run.json

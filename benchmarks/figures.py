@@ -38,6 +38,7 @@ PAGES = (
     "models/README.md",
     "benchmarks/recipe.md",
     "docs/*.md",
+    "SECURITY.md",
 )
 WIDEST = 110  # longer lines of a block are cut
 

@@ -172,6 +172,8 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         # safetensors and tokenizers (Rust) quote the system's number.
         if number := re.search(r"\(os error (\d+)\)", text):
             fail(f"{os.strerror(int(number[1]))}: while reading or writing; {untouched}", 1)
+        if isinstance(error, UnicodeEncodeError) and "surrogates" in text:
+            fail("a name in a path or in the environment is not text in UTF-8; rename it", 1)
         # torch.save (C++) names only its source file or its stream's method.
         if any(
             words in text for words in ("No space left on device", "inline_container.cc", "basic_ios::clear")

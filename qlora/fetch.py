@@ -87,7 +87,7 @@ def pip_error(stderr: str) -> str:
     lines = stderr.strip().splitlines() or ["no output"]
     error = next((line for line in reversed(lines) if line.startswith("ERROR: ")), lines[-1])
     if error == "ERROR: Exception:":  # a traceback follows, whose last line may quote half an address
-        error = lines[-1].partition(":")[0]
+        error = f"{lines[-1].partition(':')[0]}: check pip's index-url, proxy and certificate"
     return hide_passwords(error.removeprefix("ERROR: "))
 
 

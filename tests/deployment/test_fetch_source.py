@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import sys
 import tarfile
@@ -83,18 +84,27 @@ def test_links_that_lead_out_of_the_archive_are_not_followed(tmp_path, index):
 class Index(BaseHTTPRequestHandler):
     """A private index: answers only those who send its password, and the file lies behind a redirect."""
 
-    folder, heard, elsewhere = None, [], ""
+    folder, heard, elsewhere, login, link = None, [], "", "user:S3CRET", "pkg-1.0.tar.gz#sha256=0"
 
     def do_GET(self):
         self.heard.append((self.headers["Host"], self.path, self.headers["Authorization"]))
-        wanted = "Basic " + base64.b64encode(b"user:S3CRET").decode()
-        if self.headers["Authorization"] != wanted and not self.path.startswith("/free/"):
+        wanted = "Basic " + base64.b64encode(self.login.encode()).decode()
+        if self.headers["Authorization"] != wanted and not self.path.startswith(("/free/", "/endless/")):
             return self.reply(401)
         if self.path == "/simple/the-pkg/":
-            return self.reply(200, b'<a href="pkg-1.0.tar.gz#sha256=0">pkg</a>')
+            return self.reply(200, f'<a href="{self.link}">pkg</a>'.encode())
+        if self.path.startswith("/endless/"):
+            return self.never_end()
         if self.path == "/simple/the-pkg/pkg-1.0.tar.gz":
             return self.reply(302, location=f"{self.elsewhere}/free/pkg-1.0.tar.gz")
         self.reply(200, self.folder.read_bytes())
+
+    def never_end(self):
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(bytes(1 << 20))
 
     def reply(self, status, body=b"", location=None):
         self.send_response(status)
@@ -133,16 +143,57 @@ def test_a_private_index_is_used_and_its_password_goes_nowhere_else(index, priva
     assert len(ours) == 2 and all(ours) and others == [None]
 
 
+def test_links_with_a_whole_address_get_the_login_only_on_the_same_host(
+    index, private, tmp_path, monkeypatch
+):
+    # many indexes write such links; without the login the file was refused
+    monkeypatch.setattr(
+        source, "pip_settings", lambda: {"index-url": f"http://user:S3CRET@127.0.0.1:{private}/simple"}
+    )
+    for i, host in enumerate((f"http://127.0.0.1:{private}/file", f"{Index.elsewhere}/free")):
+        monkeypatch.setattr(Index, "link", f"{host}/pkg-1.0.tar.gz")
+        assert source.fetch_source(index[1], tmp_path / str(i) / "source").is_dir()
+    *ours, other = [authorization for _, _, authorization in Index.heard]
+    assert len(ours) == 3 and all(ours) and other is None
+
+
+@pytest.mark.parametrize("login, sent", [("t0ken", "t0ken:"), ("user:a%2Fb%40c", "user:a/b@c")])
+def test_a_token_alone_and_escaped_passwords(index, private, tmp_path, monkeypatch, login, sent):
+    monkeypatch.setattr(Index, "login", sent)
+    monkeypatch.setattr(
+        source, "pip_settings", lambda: {"index-url": f"http://{login}@127.0.0.1:{private}/simple"}
+    )
+    assert source.fetch_source(index[1], tmp_path / "out" / "source").is_dir()
+
+
+@pytest.mark.parametrize("place", ["page", "file"])
+def test_an_answer_that_never_ends_is_given_up(index, private, tmp_path, monkeypatch, place):
+    monkeypatch.setattr(source, "LARGEST", 5 << 20)
+    monkeypatch.setattr(Index, "link", "/endless/pkg-1.0.tar.gz")
+    address = f"http://user:S3CRET@127.0.0.1:{private}/{'endless' if place == 'page' else 'simple'}"
+    monkeypatch.setattr(source, "pip_settings", lambda: {"index-url": address})
+    with pytest.raises(UserError, match="longer than 5 MB"):
+        source.fetch_source(index[1], tmp_path / "out" / "source")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "end", ["@127.0.0.1:9/simple", "@host.invalid/simple", "@127.0.0.1:99999/simple", "@/x"]
 )
-def test_a_password_is_never_printed(index, tmp_path, monkeypatch, end):
+@pytest.mark.parametrize(
+    "start",
+    [
+        *("http://user:S3CRET", "https://user:S3C@RET", "http://S3CRET"),
+        # what ends an address early was quoted as its port or its path
+        *("http://user:S3C/RET", "http://user:S3C#RET", "http://user:S3C?RET", "http://user:[S3CRET"),
+    ],
+)
+def test_a_password_is_never_printed(index, tmp_path, monkeypatch, start, end):
     # it was, and without a port there was a traceback
-    for start in ("http://user:S3CRET", "https://user:S3C@RET"):
-        monkeypatch.setattr(source, "pip_settings", lambda: {"index-url": start + end})
-        with pytest.raises(UserError, match="could not be downloaded") as caught:
-            source.fetch_source(index[1], tmp_path / "out" / "source")
-        assert "S3C" not in str(caught.value) and "RET" not in str(caught.value)
+    monkeypatch.setattr(source, "pip_settings", lambda: {"index-url": start + end})
+    with pytest.raises(UserError, match="could not be downloaded") as caught:
+        source.fetch_source(index[1], tmp_path / "out" / "source")
+    assert "S3C" not in str(caught.value) and "RET" not in str(caught.value)
 
 
 def test_no_index_is_respected(index, tmp_path, monkeypatch):
@@ -173,6 +224,25 @@ def test_pips_settings_are_read(monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "https://host/simple/")
     monkeypatch.delenv("PIP_FIND_LINKS")
     assert source.pages("the-pkg")[0] == "https://host/simple/the-pkg/"
+
+
+def test_the_environment_comes_before_pips_files(tmp_path, monkeypatch):
+    file = tmp_path / "pip.conf"
+    file.write_text("[install]\nproxy = a\n[global]\nindex-url = b\nproxy = c\n[download]\nproxy = d\n")
+    for name in ("PIP_INDEX_URL", "PIP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(file))
+    assert (source.pip_settings()["index-url"], source.pip_settings()["proxy"]) == ("b", "d")
+    monkeypatch.setenv("PIP_INDEX_URL", "it's")
+    assert source.pip_settings()["index-url"] == "it's"
+
+
+def test_settings_of_pip_that_are_damaged_are_one_line(tmp_path, monkeypatch):
+    (tmp_path / "pip.conf").write_text("index-url https://user:S3CRET@host/simple\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    with pytest.raises(UserError, match="pip's settings can't be read") as caught:
+        source.pip_settings()
+    assert "S3CRET" not in str(caught.value)
 
 
 def test_pips_own_words_carry_no_password():

