@@ -24,11 +24,14 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
         s = parse(TrainSettings, argv, __doc__, default=earlier)
     require(not (s.resume and s.overwrite), "--resume and --overwrite: choose one of them")
     require(s.question is None or s.question.strip() != "", "--question is empty")
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):  # accelerate reads an empty one as a number
-        if os.environ.get(name) == "":
-            del os.environ[name]
-    one_process = os.environ.get("WORLD_SIZE", "1") in ("0", "1")
+    one_process = os.environ.get("WORLD_SIZE", "") in ("", "0", "1")
     require(one_process, "several processes (accelerate launch, torchrun) are not supported yet: start one")
+    for name in (
+        "WORLD_SIZE",
+        "RANK",
+        "LOCAL_RANK",
+    ):  # accelerate would wait for others, or read "" as a number
+        os.environ.pop(name, None)
     return s
 
 

@@ -20,6 +20,7 @@ from qlora.files import SEAL, broken_files, read_json
 from qlora.hardware import detect
 from qlora.loading import Base, BaseInfo, load_base, load_tokenizer
 from qlora.prompts import PromptFormat
+from qlora.sources import OF_FILES
 
 WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "qlora.json"
 AGAIN = "train again or copy it again"
@@ -152,6 +153,13 @@ def check_base(adapter: Adapter, base: BaseInfo) -> str | None:
         return f"{adapter.name} has no {NOTES}: the prompt that it was trained with is unknown"
     for what in ("config_sha256", "revision"):
         ours, theirs = getattr(trained, what), getattr(base, what)
+        if ours == "" and theirs.startswith(OF_FILES):  # an adapter of a version that did not look
+            continue
+        if ours.startswith(OF_FILES) and trained.public_name == base.public_name and ours != theirs:
+            changed = f"{base.public_name}, whose weights or tokenizer have changed since"
+            raise UserError(
+                f"--adapter {adapter.folder} was trained on {changed}; restore them or train again"
+            )
         if ours != theirs:
             was = f"was trained on {trained.name}, {what} {ours[:24] or 'none'}"
             now = f"the base is {base.name}, {what} {theirs[:24] or 'none'}; use --model {trained.name}"

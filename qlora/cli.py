@@ -19,19 +19,21 @@ from config import NAMED_ADAPTERS
 # What numbers a flag takes, in every script that has it.
 LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(
-        ("samples", "eval_samples", "batch_size", "grad_accum", "save_steps", "lora_r", "max_new_tokens"),
-        (lambda n: n >= 1, "must be at least 1"),
+        ("samples", "eval_samples", "grad_accum", "save_steps", "max_new_tokens"),
+        (lambda n: 1 <= n <= 10**9, "must be from 1 to 1,000,000,000"),
     ),
-    "lora_alpha": (lambda n: n > 0, "must be above 0"),
+    "batch_size": (lambda n: 1 <= n <= 100_000, "must be from 1 to 100,000"),
+    "lora_r": (lambda n: 1 <= n <= 1 << 16, "must be from 1 to 65,536"),
+    "lora_alpha": (lambda n: 0 < n <= 10**6, "must be from 1 to 1,000,000"),
     "lora_dropout": (lambda n: 0 <= n < 1, "must be at least 0 and below 1"),
-    "epochs": (lambda n: 0 < n < float("inf"), "must be above 0"),
-    "max_steps": (lambda n: n == -1 or n > 0, "must be -1 (off) or at least 1"),
+    "epochs": (lambda n: 0 < n <= 10**6, "must be above 0 and at most 1,000,000"),
+    "max_steps": (lambda n: n == -1 or 0 < n <= 10**9, "must be -1 (off), or from 1 to 1,000,000,000"),
     "max_length": (lambda n: 8 <= n <= 1 << 20, "must be from 8 to 1,048,576 tokens"),
     "learning_rate": (lambda n: 0 < n < 1, "must be between 0 and 1"),
     "seed": (lambda n: 0 <= n < 2**32, "must be between 0 and 2**32 - 1"),
-    "temperature": (lambda n: n >= 0, "must be 0 (greedy) or above"),
+    "temperature": (lambda n: 0 <= n <= 100, "must be from 0 (greedy) to 100"),
     "top_p": (lambda n: 0 < n <= 1, "must be above 0 and at most 1"),
-    "top_k": (lambda n: n >= 0, "must be 0 (off) or above"),
+    "top_k": (lambda n: 0 <= n <= 10**9, "must be 0 (off) or above, at most 1,000,000,000"),
 }
 
 

@@ -33,7 +33,9 @@ class BaseInfo:
 
     name: str  # what --model takes
     public_name: str  # hub id, or the local path: adapter_config.json's base_model_name_or_path
-    revision: str  # hub commit, or sha256 of the GGUF file; "" for a plain folder
+    revision: (
+        str  # hub commit, or sha256 of the GGUF file or of a plain folder's files ("" in older versions)
+    )
     precision: Precision
     dtype: str
     config_sha256: str

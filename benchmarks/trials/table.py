@@ -100,8 +100,8 @@ def _about(record: dict) -> list[str]:
     versions = ", ".join(f"{name} {number}" for name, number in e["versions"].items())
     return [
         "Written by `python benchmarks/faults.py`, which explains the trials. Survived: it succeeded with",
-        "exactly the right bytes, or refused with one `error:` line and the right exit code. After a fault in",
-        "a run, the resumed run must end with the adapter of an uninterrupted one, to the byte.",
+        "exactly the right bytes, or refused with one `error:` line and the right exit code. After a fault",
+        "in a run, the resumed one must end with the adapter of an uninterrupted run, to the byte.",
         "",
         f"{e['cpu']}, {e['cores']} cores, {e['system']}; {versions}; {e['date']}; seed {record['seed']},",
         f"{record['workers']} workers, {record['seconds']:.0f} s.",

@@ -3,6 +3,7 @@ server on this machine."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -260,3 +262,112 @@ def test_an_address_that_is_none_is_told_before_anything_is_imported(address, mo
     monkeypatch.setenv("HF_ENDPOINT", address)
     with pytest.raises(UsageError, match="HF_ENDPOINT is no address of a hub"):
         qlora_inference.main(["--adapter", "none", "--model", "a/b", "x"])
+
+
+TOKEN = "hf_TOPSECRETtoken"
+
+
+class OddHub(Hub):
+    """Answers most requests as the hub does, and some of them in an odd `way`."""
+
+    way, elsewhere, heard = "", "", []
+
+    def do_GET(self):
+        self.heard.append((self.headers["Host"], self.headers["Authorization"]))
+        path = urlsplit(self.path).path
+        is_list = path.startswith("/api/models/")
+        if self.way == "moved" and "localhost" not in self.headers["Host"]:
+            self.reply(307, b"", {"Location": f"{self.elsewhere}{self.path}"})
+        elif self.way == "token back":
+            # 17 + 143 letters: cut after 160, the rest of the token would stand there
+            self.reply(400, b"{}", {"X-Error-Message": f"{'x' * 60} {self.headers['Authorization']}"})
+        elif is_list and self.way in RUBBISH:
+            self.reply(200, RUBBISH[self.way])
+        elif is_list and self.way == "silent":
+            time.sleep(30)
+        elif is_list and self.way in ("endless", "slow"):
+            self.never_end(b" " * (1 << 20) if self.way == "endless" else b" ")
+        elif is_list and "tree" in path and self.way == "empty":
+            self.reply(200, b"[]")
+        elif not is_list and self.way == "path as ETag":
+            self.reply(200, b"{}", {"ETag": '"../../../../evil"', "X-Repo-Commit": COMMIT})
+        else:
+            super().do_GET()
+
+    do_HEAD = do_GET
+
+    def never_end(self, part: bytes) -> None:
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(part)
+                time.sleep(0.1 if len(part) == 1 else 0)
+
+
+RUBBISH = {
+    "HTML": b"<html>Please log in</html>",
+    "no object": b"[1, 2]",
+    "null": b"null",
+    "other fields": b'{"id": 5, "sha": [1], "siblings": "x"}',
+    "no UTF-8": b'{"id": "\xe9\xff"}',
+    "deep": b"[" * 200_000,
+    "path as commit": b'{"id": "tests/tiny", "sha": "../../../../evil", "siblings": []}',
+}
+
+
+@pytest.fixture
+def odd(hub, tmp_path):
+    """environment of a process that takes an odd hub for the hub, when called with its way"""
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), OddHub) for _ in range(2)]
+    for server in servers:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    OddHub.elsewhere, OddHub.folder = f"http://localhost:{servers[1].server_port}", Hub.folder
+    OddHub.heard.clear()
+
+    def played(way: str) -> dict:
+        OddHub.way = way
+        env = environment(tmp_path / "a" / "b", servers[0].server_port)
+        return {**env, "NO_PROXY": "127.0.0.1,localhost", "HF_TOKEN": TOKEN, "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+
+    yield played
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("way", RUBBISH)
+def test_rubbish_instead_of_a_list_is_one_line(odd, way):
+    assert "hub can't be" in the_error(snapshot_of(odd(way), "tests/tiny"))
+
+
+@pytest.mark.parametrize("way", ["path as ETag", "path as commit"])
+def test_names_that_lead_out_of_the_cache_are_refused(odd, way, tmp_path):
+    """huggingface_hub 2.4 wrote what a hub sent to a place of the hub's choice."""
+    assert "a path as a file's name" in the_error(snapshot_of(odd(way), "tests/tiny"))
+    assert not list(tmp_path.rglob("evil*"))
+
+
+@pytest.mark.parametrize("way", ["silent", "slow", "endless"])
+def test_a_hub_that_does_not_come_to_an_end_is_given_up(odd, way):
+    """The client waited for ever, and read into memory whatever came."""
+    limits = "import qlora.hub; qlora.hub.LONGEST_WAIT = 2; import time; time.sleep = lambda _: None"
+    ask_hub = "from qlora.hub import snapshot; snapshot('tests/tiny', None)"
+    assert "can't be reached" in the_error(ask(odd(way), f"{limits}; {ask_hub}"))
+
+
+def test_the_token_is_not_sent_to_another_host(odd):
+    done = snapshot_of(odd("moved"), "tests/tiny")
+    there = [sent for host, sent in OddHub.heard if host.startswith("localhost")]
+    here = [sent for host, sent in OddHub.heard if host.startswith("127.")]
+    assert f"Bearer {TOKEN}" in here and there and set(there) == {None}, done.stderr
+
+
+def test_a_token_that_the_hub_sends_back_is_not_shown(odd):
+    done = snapshot_of(odd("token back"), "tests/tiny")
+    assert "hub can't be" in the_error(done) and "TOPSECRET" not in done.stderr
+
+
+def test_a_repository_without_a_model(odd):
+    assert "has no config.json" in the_error(snapshot_of(odd("empty"), "tests/tiny"))

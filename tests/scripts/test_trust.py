@@ -359,6 +359,18 @@ def test_a_pickle_planted_in_a_checkpoint_is_not_run(trained, tmp_path):
     assert "pickle" in error_of(done) and not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_a_base_that_changed_after_the_training_is_refused(trained, model, tiny_folder, name):
+    # a plain folder has no commit: the adapter keeps the sha256 of its files
+    assert ask(trained, "--model", model).returncode == 0  # a copy is the same base
+    content = bytearray((tiny_folder / name).read_bytes())
+    content[-9] ^= 1
+    (model / name).write_bytes(content)
+    assert "error: " in error_of(ask(trained, "--model", model))
+    (model / name).unlink()
+    assert "error: " in error_of(ask(trained, "--model", model))
+
+
 def test_a_merge_is_whole_or_refused(adapter, tmp_path):
     merged = tmp_path / "merged"
     assert here("qlora_inference.py", "--adapter", adapter, "--merge", merged).returncode == 0
