@@ -27,6 +27,10 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
     jobs = [name for name, value in asked.items() if value not in (None, False)]
     typed = not jobs and sys.stdin is not None and sys.stdin.isatty()
     require(one or "none" not in s.adapter, "--adapter none: nothing else can be loaded with it")
+    both = (
+        "--adapter none means the base alone, but there is a folder `none` here: write ./none, or rename it"
+    )
+    require(not (alone and Path("none").is_dir()), both)
     require(s.prompt is None or s.prompt.strip() != "", "the prompt is empty")
     require(len(jobs) < 2, f"{' and '.join(jobs)}: one thing at a time")
     require(bool(jobs) or sys.stdin is not None, "no prompt: give one, --prompts FILE, or lines on stdin")

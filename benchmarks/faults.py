@@ -13,11 +13,11 @@ they are skipped, and the table says so.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +42,11 @@ def read_flags(argv=None) -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", default=["qlora", "plain"], choices=["qlora", "plain"])
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "faults", help="writes OUT.md, .json and .jsonl"
+    )
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="only --kinds anew; results of the others stay as OUT.jsonl has them",
     )
     parser.add_argument("--list", action="store_true", help="name the kinds and stop")
     parser.add_argument("--cost", action="store_true", help="measure hashes and fsync instead")
@@ -70,7 +75,10 @@ def main() -> None:
         from trials import cost
 
         return cost.main(flags.out)
-    started, kinds = time.time(), chosen(flags.kinds)
+    kinds, raw = chosen(flags.kinds), flags.out.with_suffix(".jsonl")
+    again = {kind.name for kind in kinds}
+    earlier = [json.loads(line) for line in raw.read_text().splitlines()] if flags.again else []
+    kept = [result for result in earlier if result["kind"] not in again]
     work = Path(tempfile.mkdtemp(prefix="qlora-faults-", dir=memory_disk()))
     try:
         world = prepare.prepare(work, flags.seed, flags.systems)
@@ -83,10 +91,12 @@ def main() -> None:
         ]
         print(f"{len(planned)} trials of {len(kinds) - len(skipped)} kinds", file=sys.stderr, flush=True)
         flags.out.parent.mkdir(parents=True, exist_ok=True)
-        results = perform_all(world, planned, flags.workers, flags.out.with_suffix(".jsonl"))
+        results = perform_all(world, planned, flags.workers, raw)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    record = table.summary(kinds, results, skipped, flags, time.time() - started)
+    results = kept + results
+    raw.write_text("".join(json.dumps(result, default=str) + "\n" for result in results))
+    record = table.summary(KINDS if flags.again else kinds, results, skipped, flags)
     table.write(record, flags.out)
     print(table.markdown(record))
     bad = [r for r in results if r["system"] == "qlora" and r["verdict"] != SURVIVED]

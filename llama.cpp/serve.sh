@@ -26,7 +26,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 server="$here/build/bin/llama-server" key_file="$here/api-key"
 model="" adapters=() port=8080 parallel=4 context=4096
 
-fail() { echo "error: $1" >&2; exit "${2:-1}"; }
+fail() { echo "error: ${1//[[:cntrl:]]/ }" >&2; exit "${2:-1}"; } # one line, whatever a name holds
 
 number() { # number <flag> <value> <least> <most>
   [[ "$2" =~ ^[1-9][0-9]{0,6}$ ]] && [ "$2" -ge "$3" ] && [ "$2" -le "$4" ] ||
@@ -46,6 +46,11 @@ while [ $# -gt 0 ]; do
     *) fail "unknown flag $1 (all flags: --help)" 2 ;;
   esac
   [ -n "${2:-}" ] || fail "$1 needs a value (all flags: --help)" 2
+  # A line break in a name could write a line of its own into what is shown below.
+  case "$2" in
+    *[[:cntrl:]]*) fail "$1 $2: has a line break or another control character" 2 ;;
+    -*) fail "$1 needs a value and found $2 (a file of that name: ./$2)" 2 ;;
+  esac
   shift 2
 done
 number --port "$port" 1 65535
@@ -103,10 +108,10 @@ fi
   fail "$key_file: others may read this key; close it with: chmod 600 $(printf %q "$key_file")"
 [ -O "$key_file" ] || fail "$key_file: belongs to another user, who knows the key; name another with --key-file"
 # With no key in it llama-server would start open to everybody; each line is a key of its own.
-keys="$(grep '^[^#[:space:]]' "$key_file" || true)"
+keys="$(grep -a '^[^#]' "$key_file" || true)"
 [ -n "$keys" ] || fail "$key_file: holds no key; delete it, the next start makes one"
-! grep -qvE '^.{16,}$' <<<"$keys" ||
-  fail "$key_file: a key with fewer than 16 characters can be guessed; delete the file, the next start makes one"
+! LC_ALL=C grep -aqvE '^[!-~]{16,}$' <<<"$keys" ||
+  fail "$key_file: a key needs 16 or more letters, digits or signs, without spaces; delete the file for a new one"
 
 taken="--port $port is taken (or, below 1024, not allowed): name another, or stop the program that has it"
 ! (: <>"/dev/tcp/127.0.0.1/$port") 2>/dev/null || fail "$taken" # before that server's log is emptied
@@ -145,10 +150,12 @@ report() { # what to do with the server that is ready
   echo "key        $key_file${made_key:-}"
   # The key comes from a file: in curl's arguments every user of this machine could read it.
   echo "try        curl $url/v1/chat/completions" \
-    "-H @<(printf 'Authorization: Bearer %s' \"\$(cat $(printf %q "$key_file"))\")" \
+    "-H @<(printf 'Authorization: Bearer %s' \"\$(grep -m1 '^[^#]' $(printf %q "$key_file"))\")" \
     "-d '{\"temperature\": 0, \"messages\": $messages$lora}'"
   echo "python     client = openai.OpenAI(base_url=\"$url/v1\", api_key=open(\"$key_file\").read().strip())"
   echo "           client.chat.completions.create(model=\"any\", temperature=0, messages=$messages$extra)"
+  echo "           For texts of strangers docs/serving.md shows how to send token ids: there a forged" \
+    "<|im_end|> stays text."
   echo "stop       Ctrl-C, or: kill $$"
 }
 

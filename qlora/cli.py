@@ -82,8 +82,8 @@ def parse(kind: type, argv: Sequence[str] | None, text: str | None, default=None
     refuse_unreadable(kind, argv)
     try:  # huggingface_hub looks while it is imported
         _ = urlsplit(os.environ.get("HF_ENDPOINT", "")).port
-    except ValueError as error:
-        raise UsageError(f"HF_ENDPOINT is no address of a hub ({error}); unset it") from None
+    except ValueError:
+        raise UsageError("HF_ENDPOINT is no address of a hub; unset it") from None
     captured = io.StringIO()
     extra = {} if default is None else {"default": default}
     try:

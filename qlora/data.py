@@ -18,7 +18,7 @@ from config import EVAL_SAMPLES, PACKAGED_DATASETS, SENTIMENT_ANSWERS
 from qlora.cli import UsageError, first_line, note, require
 from qlora.fetch import PACKAGED_REVIEWS, fetch
 from qlora.files import sha256_of
-from qlora.hub import explain
+from qlora.hub import asking
 from qlora.prompts import clean
 
 # Columns of each format -> kind of rows, in the order in which they are looked for. to_row() reads them.
@@ -180,10 +180,8 @@ def read_hub(name: str) -> tuple[dict[str, list], dict[str, list] | None]:
     import datasets
 
     datasets.disable_progress_bars()
-    try:
+    with asking(name, "dataset"):
         loaded = datasets.load_dataset(name)
-    except Exception as error:  # of many kinds; explain() re-raises what is not about the hub
-        raise explain(error, name, "dataset") from None
     train, test = loaded["train"] if "train" in loaded else next(iter(loaded.values())), loaded.get("test")
     same = test is not None and set(train.column_names) <= set(test.column_names)
     return named_labels(train, name), named_labels(test, name) if same else None

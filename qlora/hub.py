@@ -1,7 +1,10 @@
 """The Hugging Face hub: snapshots without pickles, and its errors in plain words."""
 
+import contextlib
 import errno
-import os
+import re
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from config import BUNDLED, MODELS
@@ -12,31 +15,97 @@ from qlora.fetch import hide_passwords
 WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model"]
 WANTED += ["merges.txt", "vocab*"]
 UNWANTED = ["original/*", "consolidated*", "onnx/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.h5"]
-# What huggingface_hub and httpx raise where nothing answers.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EMFILE)
+# What huggingface_hub and httpx raise where nothing answers.
 UNREACHABLE = {"LocalEntryNotFoundError", "ConnectionError", "HTTPError"}
+LISTS = re.compile("/api/(?!resolve-cache/)")  # addresses of what the client reads into memory
+LARGEST_LIST, LONGEST_WAIT = 50 << 20, 30  # bytes, seconds
 
 
 def snapshot(hub_id: str, revision: str | None) -> tuple[Path, str]:
     """(folder, commit) of a hub model's config, tokenizer and safetensors; UserError says the way out."""
-    from huggingface_hub import snapshot_download
+    patterns = {"allow_patterns": WANTED, "ignore_patterns": UNWANTED}
+    with asking(hub_id, "model"):
+        from huggingface_hub import snapshot_download
 
-    try:
-        patterns = {"allow_patterns": WANTED, "ignore_patterns": UNWANTED}
         folder = Path(snapshot_download(hub_id, revision=revision, **patterns))
-    except Exception as error:  # its own kinds, httpx's and OSError; explain() re-raises others
-        raise explain(error, hub_id, "model") from None
+    if not (folder / "config.json").is_file():
+        raise UserError(f"the hub's {hub_id} has no config.json: it is no model for transformers")
     return folder, folder.name  # the cache names a snapshot's folder by its commit
 
 
 def config_file(hub_id: str) -> Path:
     """A hub model's config.json alone, for planning without weights; UserError says the way out."""
-    from huggingface_hub import hf_hub_download
+    with asking(hub_id, "model"):
+        from huggingface_hub import hf_hub_download
 
-    try:
         return Path(hf_hub_download(hub_id, "config.json"))
-    except Exception as error:
-        raise explain(error, hub_id, "model") from None
+
+
+@contextlib.contextmanager
+def asking(name: str, kind: str) -> Iterator[None]:
+    """The block asks the hub for a model or dataset: with limits, and errors become UserErrors.
+
+    Imports of huggingface_hub belong into it: they fail where HF_ENDPOINT is no address.
+    """
+    try:
+        from huggingface_hub import set_client_factory
+
+        set_client_factory(careful_client)
+        yield
+    except Exception as error:  # the client's own kinds, httpx's and OSError
+        raise explain(error, name, kind) from None
+
+
+def careful_client():
+    """The client of huggingface_hub 2.4, with what it lacks.
+
+    It waits for lists without a limit, and makes file names of ETags and commits whatever they are: those of
+    a hostile mirror led out of the cache.
+    """
+    from huggingface_hub.utils._http import default_client_factory
+
+    client = default_client_factory()
+    client.event_hooks["request"].append(limit_waiting)
+    client.event_hooks["response"].append(check_answer)
+    return client
+
+
+def limit_waiting(request) -> None:
+    from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
+
+    waits = request.extensions["timeout"]  # seconds to connect, between two parts of the answer, …
+    request.extensions["timeout"] = {k: HF_HUB_DOWNLOAD_TIMEOUT if v is None else v for k, v in waits.items()}
+
+
+def check_answer(response) -> None:
+    """Raises httpx2.RequestError where a list does not end, or a path would become the name of a file."""
+    import httpx2
+
+    names = []
+    if response.request.method == "HEAD":
+        names = [response.headers.get(name, "").removeprefix("W/") for name in ("etag", "x-linked-etag")]
+    elif LISTS.search(response.request.url.path):
+        with contextlib.closing(response.stream) as stream:
+            response.stream = httpx2.ByteStream(b"".join(limited(stream)))
+        response.read()
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):  # the client will say more
+            names = [str(response.json().get("sha", ""))]
+    for name in names:
+        if re.search(r"[/\\]|\.\.", name):
+            raise httpx2.RequestError(f"the hub sent a path as a file's name, {name[:80]}")
+
+
+def limited(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The parts of a list, as long as they are not too many and do not take too long."""
+    import httpx2
+
+    size, end = 0, time.monotonic() + LONGEST_WAIT
+    for part in parts:
+        size += len(part)
+        if size > LARGEST_LIST or time.monotonic() > end:
+            raise httpx2.RequestError("the hub's answer does not end")
+        yield part
 
 
 def explain(error: Exception, name: str, kind: str) -> UserError:
@@ -60,22 +129,28 @@ def explain(error: Exception, name: str, kind: str) -> UserError:
         what = f"the hub refuses this token for {name}: `hf auth login` again, or unset HF_TOKEN"
     elif "HFValidationError" in kinds:
         what = f"'{name}' is neither a file or folder here nor a hub id (owner/name)"
+    elif kinds & {"UnicodeEncodeError", "LocalProtocolError"}:
+        what = "the Hugging Face hub can't be asked: the token (HF_TOKEN, `hf auth login`) has odd characters"
     elif kinds & UNREACHABLE:
-        what = f"the Hugging Face hub can't be reached ({type(error).__name__}); {name} is not in the cache"
+        what = f"the Hugging Face hub can't be reached ({told(causes[-1])}); {name} is not in the cache"
     elif isinstance(error, (MemoryError, OSError)) and getattr(error, "errno", None) in DISK:
         raise error
     elif kind == "dataset":  # one without data files, with several configurations, with a script, …
-        what = f"--dataset {name} can't be loaded ({without_secrets(first_line(error))})"
+        what = f"--dataset {name} can't be loaded ({told(error)})"
     else:  # an address, a token, a proxy or a certificate file that the client can't use
-        why = f"{type(error).__name__}: {without_secrets(first_line(error))}"
-        what = (
-            f"the Hugging Face hub can't be asked ({why}); check HF_ENDPOINT, HF_TOKEN, proxy, certificates"
-        )
+        # httpx quotes what it takes for a port, which can be half a password.
+        why = type(error).__name__ + (f": {told(error)}" if "InvalidURL" not in kinds else "")
+        settings = "HF_ENDPOINT, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE"
+        what = f"the Hugging Face hub can't be asked ({why}); check {settings}"
     instead = f"--model {BUNDLED}" if kind == "model" else "--dataset imdb"
     return UserError(f"{what}; without the hub: {instead}")
 
 
-def without_secrets(text: str) -> str:
-    """Without passwords in addresses and the hub's token."""
-    token = os.environ.get("HF_TOKEN") or "\0"
-    return hide_passwords(text.replace(token, "****"))
+def told(error: BaseException) -> str:
+    """The first line of its message, without passwords in addresses and the hub's token."""
+    text = str(error) or type(error).__name__
+    with contextlib.suppress(Exception):  # a token that can't be read can't be shown
+        from huggingface_hub import get_token
+
+        text = text.replace(get_token() or "\0", "…")
+    return first_line(Exception(hide_passwords(text)))

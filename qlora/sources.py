@@ -25,7 +25,7 @@ MOST = {
     "vocab_size": 1 << 24,
 }
 MOST |= {"num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 1 << 13}
-MOST |= {"max_position_embeddings": 1 << 30}
+MOST |= {"max_position_embeddings": 1 << 30, "sliding_window": 1 << 30}
 OF_FILES = "files-sha256:"  # how the revision of a plain folder begins
 DECIDES = re.compile(
     r".*\.safetensors|.*\.jinja|.*\.model|(tokenizer|added_tokens|special_tokens|vocab|merges).*"
@@ -152,10 +152,13 @@ def read_config(path: Path) -> dict:
     config = read_json(path, "fetch it again")
     for name, most in MOST.items():
         value = config.get(name)
-        if isinstance(value, (bool, str, float, dict)) or isinstance(value, int) and not 1 <= value <= most:
+        each = [] if value is None else value if isinstance(value, list) and value else [value]
+        if not all(type(size) is int and 1 <= size <= most for size in each):  # a list: one for each layer
             raise UserError(
                 f"{path}: {name} is {str(value)[:40]}, no whole number from 1 to {most:,}; fetch it again"
             )
+    if config.get("is_encoder_decoder"):
+        raise UserError(f"{path}: an encoder-decoder model is not a causal language model, as needed here")
     attention = (config.get(key) for key in ("attn_implementation", "_attn_implementation"))
     if any("/" in str(value) for value in attention):
         raise UserError(

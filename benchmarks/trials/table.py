@@ -15,7 +15,7 @@ from trials.verdicts import FAILURES, SURVIVED
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors")
 
 
-def summary(kinds, results: list[dict], skipped: dict, flags, seconds: float) -> dict:
+def summary(kinds, results: list[dict], skipped: dict, flags) -> dict:
     """What faults.json holds; the single trials are in faults.jsonl."""
     rows = [
         _row(kind, [r for r in results if r["kind"] == kind.name], skipped.get(kind.name)) for kind in kinds
@@ -31,7 +31,7 @@ def summary(kinds, results: list[dict], skipped: dict, flags, seconds: float) ->
         "environment": environment(),
         "seed": flags.seed,
         "workers": flags.workers,
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(r["seconds"] for r in results) / flags.workers, 1),
         "rows": rows,
         "total": total,
         "failed": [r for r in failed if r["system"] == "qlora"],

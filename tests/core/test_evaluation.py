@@ -12,6 +12,7 @@ from qlora.data import Row
 from qlora.logits import loss_at_labels
 from qlora.measures import wilson
 from qlora.prompts import PromptFormat
+from qlora.sources import locate
 from qlora.training.before_after import BeforeAfter, bag_of_words, flips
 
 
@@ -95,14 +96,14 @@ def test_bag_of_words_learns_words():
 
 
 def test_scores_are_those_of_these_weights(tiny_folder, tokenizer, tmp_path):
-    # A plain folder has no revision: training anew into the same folder must not be taken for the same base
+    # A plain folder has no commit: training anew into the same folder must not be taken for the same base
     import shutil
     from types import SimpleNamespace
 
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    base = SimpleNamespace(tokenizer=tokenizer, info=SimpleNamespace(revision="", public_name=str(folder)))
 
     def fingerprint(label: int) -> str:
+        base = SimpleNamespace(tokenizer=tokenizer, info=SimpleNamespace(revision=locate(str(folder))[2]))
         prompt = PromptFormat("sentiment", 64, answers=("no", "yes"))
         return BeforeAfter(base, prompt, [Row("b", 1)])._fingerprint([Row("a", label)])
 

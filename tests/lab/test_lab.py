@@ -117,9 +117,9 @@ def test_a_trained_adapter_is_measured_by_the_ledger(tmp_path, trained):
     "flags, words",
     [
         (["--compare", "nf5"], "nf5: no such precision; choose from fp32, .*torchao-fp8"),
-        (["--lora-r", "0"], "at least 1"),
+        (["--lora-r", "0"], "from 1 to"),
         (["--prompt", " "], "is empty"),
-        (["--batch-size", "0"], "at least 1"),
+        (["--batch-size", "0"], "from 1 to"),
         (["--plan", "--model", "no/where.json"], "config"),
         (["--target-modules", "wq", "--ledger"], "down_proj"),
         (["--ledger", "--adapter", "nowhere"], "no such folder"),
@@ -163,7 +163,7 @@ def test_rows_that_are_not_whole_blocks_are_refused_in_4_bits_on_a_cpu(tmp_path,
 @pytest.mark.parametrize("kind", ["t5", "bert", "mamba"])
 def test_what_is_no_such_decoder_is_refused_in_one_line(tmp_path, kind):
     AutoConfig.for_model(kind).save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=f"a {kind} model can't be planned"):
+    with pytest.raises(UserError, match=f"a {kind} model can't be planned|encoder-decoder"):
         run_lab(tmp_path / "out", "--plan", "--model", tmp_path / "model")
 
 
