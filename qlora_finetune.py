@@ -26,12 +26,9 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
     require(s.question is None or s.question.strip() != "", "--question is empty")
     one_process = os.environ.get("WORLD_SIZE", "") in ("", "0", "1")
     require(one_process, "several processes (accelerate launch, torchrun) are not supported yet: start one")
-    for name in (
-        "WORLD_SIZE",
-        "RANK",
-        "LOCAL_RANK",
-    ):  # accelerate would wait for others, or read "" as a number
-        os.environ.pop(name, None)
+    for name in list(os.environ):  # accelerate would wait for other processes, or compute in another dtype
+        if name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") or name.startswith("ACCELERATE_"):
+            del os.environ[name]
     return s
 
 

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import importlib
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from trials.runner import Job
 
 def prepare(work: Path, seed: int, systems=("qlora", "plain")) -> worlds.World:
     """Import, call the programs once, so that their caches are warm in each fork; then the reference runs."""
+    os.environ["HF_HOME"] = str(work / "huggingface")  # the user's own cache is left alone
     worlds.import_everything()
     remember_predictions()
     world = worlds.make_world(work, seed)

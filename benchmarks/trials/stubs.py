@@ -330,14 +330,11 @@ def use_index(world: World, system: System, trial: dict) -> Verdict:
 
 def empty_models(folder: Path) -> None:
     """In the child: as in a fresh checkout, models/ holds nothing."""
-    import config
     from qlora import fetch, sources
 
     folder.mkdir()
+    sources.MODELS_DIR = folder
     fetch.fetch.__defaults__ = (folder,)
-    for module in (config, fetch, sources):
-        if hasattr(module, "MODELS_DIR"):
-            module.MODELS_DIR = folder
 
 
 KINDS = (

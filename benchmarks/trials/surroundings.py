@@ -288,7 +288,7 @@ ENVIRONMENTS = (
     *({"RANK": v, "LOCAL_RANK": v} for v in ("", "x", "7")),
     *({"HOME": v} for v in ("", "/nowhere", "/dev/null", "/proc")),
     *({"TMPDIR": v} for v in ("", "/nowhere", "/dev/null", "relative")),
-    *({"HF_HOME": v} for v in ("", "/nowhere", "/dev/null", "\ud800")),
+    *({"HF_HOME": v} for v in ("", "/nowhere", "/dev/null", "\udc80")),
     *({"HF_TOKEN": v} for v in ("", "hf_é", "a b", "x\ny", "x" * 100_000)),
     *({"HF_ENDPOINT": v} for v in ("", "x", "http://", "http://127.0.0.1:1", "ftp://x", "http://[::")),
     *(
@@ -362,7 +362,7 @@ def use_environment(world: World, system: System, trial: dict) -> Verdict:
 
 
 def go_online() -> None:
-    """In the child: what huggingface_hub read at its import is read again; no time is lost on retries."""
+    """In the child: what huggingface_hub read when it was imported, read again."""
     import huggingface_hub.constants as constants
     from huggingface_hub import hf_api
 
@@ -370,8 +370,11 @@ def go_online() -> None:
     constants.ENDPOINT = os.environ.get("HF_ENDPOINT") or "http://127.0.0.1:9"
     constants.HUGGINGFACE_CO_URL_TEMPLATE = constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
     hf_api.api.endpoint = constants.ENDPOINT
-    if os.environ.get("HF_HOME"):
-        constants.HF_HUB_CACHE = os.path.join(os.environ["HF_HOME"], "hub")
+    if home := os.environ.get("HF_HOME"):
+        for name, value in vars(constants).copy().items():  # the paths below the home of the first process
+            if isinstance(value, str) and value.startswith(constants.HF_HOME + "/"):
+                setattr(constants, name, home + value.removeprefix(constants.HF_HOME))
+        constants.HF_HOME = home
 
 
 REAL = (
