@@ -87,6 +87,10 @@ def load_base(name: str, precision: str, hardware: Hardware, revision=None, quan
     if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
         which = f"no weights for {missing[0]} and {len(missing) - 1} more that its config.json names"
         raise UserError(f"{name}: {folder} has {which}; fetch it again")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{name}: the tokenizer in {folder} names no end token (eos_token); copy the base's files"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     never_repack(model)
