@@ -13,6 +13,7 @@ they are skipped, and the table says so.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -91,7 +92,10 @@ def main() -> None:
         ]
         print(f"{len(planned)} trials of {len(kinds) - len(skipped)} kinds", file=sys.stderr, flush=True)
         flags.out.parent.mkdir(parents=True, exist_ok=True)
-        results = perform_all(world, planned, flags.workers, raw)
+        with contextlib.ExitStack() as stack:
+            for setup in {k.setup for k in kinds if k.setup and k.name not in skipped}:
+                stack.enter_context(setup(world))
+            results = perform_all(world, planned, flags.workers, raw)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     results = kept + results

@@ -37,11 +37,6 @@ class PromptFormat:
         """Whether there are answers to choose from, so that rows can be scored."""
         return self.objective == "sentiment"
 
-    @classmethod
-    def from_json(cls, data: dict) -> "PromptFormat":
-        """From what asdict() gave; JSON has no tuples."""
-        return cls(**{**data, "answers": tuple(data.get("answers", ()))})
-
 
 def choose_format(objective: str, kind: str, answers: tuple, max_length: int, question=None) -> PromptFormat:
     """The prompt of a run: the reviews' question for negative/positive, one that lists the labels for others.

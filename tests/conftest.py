@@ -17,7 +17,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from trials.world import make_tiny  # noqa: E402
 
 import qlora  # noqa: E402,F401  (sets what torch reads when it is imported)
 
@@ -42,25 +44,6 @@ def tokenizer(bundled_folder):
 def tiny_folder(tmp_path_factory, tokenizer) -> Path:
     """A random two-layer Llama (hidden 64) on disk, with the bundled model's tokenizer."""
     return make_tiny(tmp_path_factory.mktemp("models") / "tiny", tokenizer)
-
-
-def make_tiny(folder: Path, tokenizer, **overrides) -> Path:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-    }
-    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    config |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config["tie_word_embeddings"] = True
-    LlamaForCausalLM(LlamaConfig(**{**config, **overrides})).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

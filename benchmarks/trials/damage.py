@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 from trials.schedule import Kind
-from trials.verdicts import Verdict, check_answer, check_end
-from trials.world import WEIGHTS, System, World, checkpoints, sha256_of
+from trials.verdicts import Verdict, check_answer
+from trials.world import WEIGHTS, System, World, checkpoints
 
 HOW = ("flip", "flip", "flip", "cut", "zeros", "empty")
 UNREAD = ("report.md", "README.md", "curves.png", ".lock", "events")
@@ -59,9 +59,7 @@ def refused_or_same(world: World, system: System, out: Path) -> Verdict:
 def plan_checkpoints(world: World, draw: random.Random) -> list[dict]:
     newest = checkpoints(world.qlora.interrupted)[0]
     files = sorted(p.name for p in newest.iterdir())
-    trials = [
-        {"file": f, "how": how, "which": "newest"} for f in files for how in (*HOW, "gone") for _ in range(2)
-    ]
+    trials = [{"file": f, "how": how, "which": "newest"} for f in files for how in (*HOW, "gone")]
     trials += [{"file": f, "how": "flip", "which": which} for f in files for which in ("oldest", "all")]
     return [{**t, "seed": draw.randrange(1 << 30)} for t in trials]
 
@@ -178,15 +176,6 @@ def hurt_base(world: World, system: System, trial: dict) -> Verdict:
         return named(
             check_answer(world.call(system.answer(system.baseline, model=base)), system.reference), done
         )
-
-
-def copies_resume(world: World, system: System, _trial: dict) -> Verdict:
-    """A copy without damage must pass: or the other trials here would prove nothing."""
-    with world.folder() as folder:
-        out = copied(system.baseline, folder / system.baseline.name)
-        verdict = check_answer(world.call(system.answer(out)), system.reference, codes=(0,))
-        same = sha256_of(out / WEIGHTS) == system.sha256
-        return verdict if same and verdict.survived else check_end(world.call(system.answer(out)), (0,))
 
 
 KINDS = (

@@ -33,7 +33,7 @@ FOR_NUMBERS = (
     "1;rm",
     "½",
 )
-FOR_CHOICES = ("x", "", "NF4", "nf4 ", "None", "0", "--", "nf4,nf4", "🎬")
+FOR_CHOICES = ("x", "", "NF4", "nf4 ", "none", "0", "--", "nf4,nf4", "🎬")
 FOR_SWITCHES = ("maybe", "2", "")
 LONG = (
     "–samples",

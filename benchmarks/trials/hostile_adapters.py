@@ -132,7 +132,7 @@ def plan_foreign(_world: World, _draw: random.Random) -> list[dict]:
 
 
 def use_foreign(world: World, system: System, trial: dict) -> Verdict:
-    way, marker_text = trial["way"], ""
+    way = trial["way"]
     with world.folder() as folder:
         out, marker = copied(system.baseline, folder / system.baseline.name), folder / "marker"
         (out / SEAL).unlink(missing_ok=True)
@@ -140,13 +140,21 @@ def use_foreign(world: World, system: System, trial: dict) -> Verdict:
             (out / NOTES).unlink(missing_ok=True)
             edit(out / CONFIG, base_model_name_or_path=str(world.work / "tiny"))
         for place in (folder, out):
-            (place / "evil.py").write_text(f"open({str(marker)!r}, 'w').write('run'){marker_text}")
+            (place / "evil.py").write_text(f"open({str(marker)!r}, 'w').write('run')")
         change_adapter(out, way, marker)
-        done = world.call(system.answer(out, stdin=YES, cwd=folder, before=limit_memory), timeout=150)
+        done = world.call(system.answer(out, stdin=YES, cwd=folder, before=limit))
         verdict = check_marker(check_end(done), marker)
         if verdict.survived and done.code == 0 and WAYS[way]:
             return Verdict("silently wrong", f"{way}: exit code 0; {done.last_line}")
         return named(verdict, way)
+
+
+def limit() -> None:
+    """In the child: an endless pattern is given up after seconds, not minutes."""
+    from qlora import adapters
+
+    limit_memory()
+    adapters.PATTERN_SECONDS = 5
 
 
 def change_adapter(out: Path, way: str, marker: Path) -> None:

@@ -211,45 +211,6 @@ def use_config(world: World, system: System, trial: dict) -> Verdict:
 
 # --- weights ---
 
-WEIGHTS = (
-    *(
-        "a tensor missing",
-        "a layer missing",
-        "all renamed",
-        "NaN",
-        "infinity",
-        "other shape",
-        "transposed",
-        "empty",
-    ),
-    *(
-        "int8",
-        "float64",
-        "bool",
-        "extra tensors",
-        "overlapping offsets",
-        "offsets beyond the end",
-        "huge header",
-    ),
-    *(
-        "header no JSON",
-        "header of 10,000 levels",
-        "unknown dtype",
-        "negative shape",
-        "no file",
-        "a folder",
-        "a link",
-    ),
-    *(
-        "index to nowhere",
-        "index outside",
-        "index of wrong types",
-        "two files",
-        "text",
-        "duplicate names",
-        "zeros",
-    ),
-)
 # What cannot be a model: to answer with it would be wrong.
 REFUSED = (
     "a tensor missing",
@@ -259,6 +220,22 @@ REFUSED = (
     "infinity",
     "other shape",
     "transposed",
+)
+WEIGHTS = (
+    *(
+        *REFUSED,
+        "empty",
+        "int8",
+        "float64",
+        "bool",
+        "extra tensors",
+        "overlapping offsets",
+        "no file",
+        "a folder",
+    ),
+    *("offsets beyond the end", "huge header", "header no JSON", "header of 10,000 levels", "unknown dtype"),
+    *("negative shape", "a link", "index to nowhere", "index outside", "index of wrong types", "two files"),
+    *("text", "duplicate names", "zeros"),
 )
 
 
@@ -420,7 +397,7 @@ def use_template(world: World, system: System, trial: dict) -> Verdict:
         model, marker = copied(world.work / "tiny", folder / "model"), folder / "marker"
         text = TEMPLATES[trial["template"]].replace("{marker}", str(marker))
         (model / "chat_template.jinja").write_bytes(text.encode("utf-8", "surrogatepass"))
-        done = world.call(use(world, system, folder, model, trial["how"]), timeout=60)
+        done = world.call(use(world, system, folder, model, trial["how"]), timeout=60 if system.ours else 20)
         verdict = check_marker(check_end(done), marker)
         return Verdict(verdict.name, f"{text[:60]!r}: {verdict.detail}")
 

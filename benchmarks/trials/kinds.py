@@ -9,13 +9,15 @@ from trials import (
     operations,
     power,
     processes,
+    serving,
     small,
     stubs,
     surroundings,
+    unpacked,
 )
 
 KINDS = (
-    *(*processes.KINDS, *operations.KINDS, *power.KINDS, *small.KINDS, *damage.KINDS),
+    *(*processes.KINDS, *operations.KINDS, *power.KINDS, *small.KINDS, *damage.KINDS, *unpacked.KINDS),
     *(*hostile_models.KINDS, *hostile_adapters.KINDS, *hostile_data.KINDS),
-    *(*flags.KINDS, *surroundings.KINDS, *stubs.KINDS),
+    *(*flags.KINDS, *surroundings.KINDS, *stubs.KINDS, *serving.KINDS),
 )

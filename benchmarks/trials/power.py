@@ -100,7 +100,7 @@ def rebuild(shown: Path, flushed: dict, made: Path, how: str, draw: random.Rando
 
 def plan_model(world: World, draw: random.Random) -> list[dict]:
     count = len(operations.list_operations(world, world.qlora))
-    points = [-1] * 12 + sorted(draw.sample(range(1, count + 1), min(count, 70)))
+    points = [-1] * 12 + sorted(draw.sample(range(1, count + 1), min(count, 40)))
     return [{"k": k, "how": how, "seed": draw.randrange(1 << 30)} for k in points for how in HOW]
 
 

@@ -21,7 +21,7 @@ def plan_kills(_, draw: random.Random) -> list[dict]:
     """Shares of a run's time; some runs are killed again when they are resumed."""
     return [
         {"at": [round(draw.uniform(0.02, 1.05), 4) for _ in range(draw.choice((1, 1, 2, 3)))]}
-        for _ in range(200)
+        for _ in range(150)
     ]
 
 
@@ -45,7 +45,7 @@ def plan_signals(_, draw: random.Random) -> list[dict]:
             "again": draw.choice((None, None, 0.01, 0.2)),
         }
 
-    return [one() for _ in range(160)]
+    return [one() for _ in range(130)]
 
 
 def stop(world: World, system: System, trial: dict) -> Verdict:
@@ -77,7 +77,11 @@ def stop_start(world: World, _system: System, trial: dict) -> Verdict:
         flags["quant_llama32_4bit_lora.py"] = ["--model", world.work / "tiny", "--output-dir", folder / "out"]
         command = [sys.executable, str(ROOT / trial["script"]), *map(str, flags[trial["script"]])]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **pipes)
+        # A shell starts what runs in the background with Ctrl-C ignored, and children inherit that.
+        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(
+            command, cwd=ROOT, text=True, start_new_session=True, preexec_fn=heed, **pipes
+        )
         time.sleep(trial["at"])
         process.send_signal(signal.SIGINT)
         try:

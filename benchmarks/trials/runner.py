@@ -117,6 +117,7 @@ def _in_child(job: Job, files: dict) -> int:
             os.chdir(job.cwd)
         sys.argv = [f"{job.script}.py", *map(os.fsdecode, map(_text, job.args))]
         random.seed()
+        _own_lock()
         if job.hash_logits:
             _hash_logits(files["logits"])
         module = importlib.import_module(job.script)
@@ -139,6 +140,15 @@ def _in_child(job: Job, files: dict) -> int:
     if job.after:
         job.after()
     return code
+
+
+def _own_lock() -> None:
+    """tqdm's lock is a semaphore that all forks share: a child killed with it would stop all others."""
+    import threading
+
+    from tqdm import tqdm
+
+    tqdm.set_lock(threading.RLock())
 
 
 def _text(word):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import random
@@ -32,6 +31,7 @@ class Kind:
     run: Callable[[World, object, dict], Verdict]
     plain: int = 0
     skip: Callable[[], str | None] = lambda: None  # why it can't be done here
+    setup: Callable | None = None  # a context manager of the world, for what all of its trials use
     long: bool = False  # trials of several seconds are started first
 
 
@@ -130,7 +130,3 @@ def _work(world: World, trials: list[Trial], pipe: int, out: Path) -> int:
     except KeyboardInterrupt:
         pass
     return 0
-
-
-def as_dict(verdict: Verdict) -> dict:
-    return dataclasses.asdict(verdict)

@@ -25,7 +25,7 @@ HTML = b"<html><title>Log in</title>" + b"<p>Please log in.</p>" * 200
 
 
 class Stub(BaseHTTPRequestHandler):
-    """Answers as its `way` says; writes what it was asked, with all headers, to `log`."""
+    """Answers as its `way` says, by answer(path) of its subclass; writes what it was asked to `log`."""
 
     way, folder, log, elsewhere = "", Path(), Path(), ""
     protocol_version = "HTTP/1.1"
@@ -37,9 +37,6 @@ class Stub(BaseHTTPRequestHandler):
             self.answer(unquote(urlsplit(self.path).path).strip("/"))
 
     do_HEAD = do_POST = do_GET
-
-    def answer(self, path: str) -> None:
-        raise NotImplementedError
 
     def bad(self) -> bool:
         """Whether this way of failing was all that is to be said."""
@@ -329,10 +326,10 @@ def use_index(world: World, system: System, trial: dict) -> Verdict:
 
 
 def empty_models(folder: Path) -> None:
-    """In the child: as in a fresh checkout, models/ holds nothing."""
+    """In the child: `folder` is models/; empty, as in a fresh checkout."""
     from qlora import fetch, sources
 
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     sources.MODELS_DIR = folder
     fetch.fetch.__defaults__ = (folder,)
 

@@ -158,7 +158,7 @@ WAYS = (
 
 
 def plan_obstacles(_world: World, _draw: random.Random) -> list[dict]:
-    return [{"way": way} for way in WAYS for _ in range(2)]
+    return [{"way": way} for way in WAYS]
 
 
 def meet(world: World, system: System, trial: dict) -> Verdict:

@@ -87,6 +87,7 @@ class World:
     seed: int
     qlora: System = None
     plain: System = None
+    server: object = None  # trials.serving.Server
     operations: dict = field(default_factory=dict)  # of a run: system's name -> ["open …", …]
 
     @contextlib.contextmanager
@@ -243,7 +244,7 @@ def make_tokenizer():
 
 
 def make_tiny(folder: Path, tokenizer=None, **overrides) -> Path:
-    """A random Llama of two layers with 64 channels, as tests/conftest.py makes it."""
+    """A random Llama of two layers with 64 channels; `overrides` go to its config."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

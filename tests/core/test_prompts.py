@@ -7,6 +7,7 @@ import pytest
 from config import FEW_SHOT, SENTIMENT_ANSWERS, SENTIMENT_QUESTION, SENTIMENT_SYSTEM, InferSettings
 from qlora import prompts as p
 from qlora.cli import UserError
+from qlora.files import read_json, write_json
 
 PROMPT = p.choose_format("sentiment", "labels", SENTIMENT_ANSWERS, 96)
 REVIEW = p.clean(" A fine film.<br /><br />See it.")
@@ -59,8 +60,9 @@ def test_a_plain_message_stays_as_it_is_typed(tokenizer):
         )
 
 
-def test_prompt_survives_its_file(tokenizer):
-    again = p.PromptFormat.from_json(asdict(PROMPT))
+def test_prompt_survives_its_file(tokenizer, tmp_path):
+    write_json(tmp_path / "prompt.json", asdict(PROMPT))
+    again = read_json(tmp_path / "prompt.json", "", p.PromptFormat)
     assert again == PROMPT and p.sentiment_prompt(tokenizer, again, REVIEW) == p.sentiment_prompt(
         tokenizer, PROMPT, REVIEW
     )
