@@ -51,7 +51,7 @@ def import_libraries() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     settings = read_settings(argv)
     with open_run(settings) as run:
-        if run.complete:
+        if run.has_nothing_to_do():
             note(f"{run.out} holds a complete run; nothing to do (--overwrite trains again)")
             return
         import_libraries()

@@ -36,7 +36,8 @@ import qlora_finetune
 from config import SENTIMENT_ANSWERS
 from qlora import control_tokens, evaluation
 from qlora import prompts as p
-from qlora.adapters import Adapter, adapter_tokenizer, load_trained, read_adapter
+from qlora.adapters import Adapter, load_trained, read_adapter
+from qlora.loading import load_tokenizer
 from qlora.cli import note, parse, progress, require, run
 from qlora.data import Row, held_out_rows, load_rows, split
 from qlora.hardware import environment
@@ -226,7 +227,7 @@ def ask_llama_cpp(adapter: Adapter, rows: list[Row], made: dict[str, str], out: 
         note("note       llama.cpp is not built (llama.cpp/build.sh): the servers are left out")
         return {}
     (file,) = export(ExportSettings(adapter.folder, types=("f16",), output_dir=out / "gguf"))
-    tokenizer = adapter_tokenizer(adapter.folder)
+    tokenizer = load_tokenizer(adapter.folder)
     reviews, prompt = cut(adapter, tokenizer, rows)
     made = with_words(tokenizer, made)
     with Server(file, context=prompt.max_length + 64) as server:

@@ -16,12 +16,13 @@ from safetensors import safe_open
 from config import BUNDLED, FEW_SHOT, SENTIMENT_ANSWERS
 from gguf_files import MODELFILES, canonical, check_metadata, own_files, place, size_of
 from ollama import go_template
-from qlora.adapters import CONFIG, WEIGHTS, Adapter, adapter_tokenizer, load_trained, read_adapter
+from qlora.adapters import CONFIG, WEIGHTS, Adapter, load_trained, read_adapter
 from qlora.cli import UsageError, UserError, note, require
 from qlora.control_tokens import TEMPLATE_VARIABLES, has_control_tokens
 from qlora.data import load_rows, split
 from qlora.fetch import PACKAGED_MODEL, fetch
 from qlora.files import free_bytes, lock_folder, remove_leftovers, scratch, write_text
+from qlora.loading import load_tokenizer
 from qlora.merging import merge_into
 from qlora.prompts import sentiment_example, sentiment_messages
 from qlora.sources import check_folder, locate
@@ -53,7 +54,7 @@ def read(s: ExportSettings) -> Adapter:
     adapter, name = read_adapter(s.adapter), f"--adapter {s.adapter}"
     if not adapter.base_model:
         raise UserError(f"{name}: {CONFIG} does not name the base; add base_model_name_or_path")
-    adapter_tokenizer(adapter.folder)
+    load_tokenizer(adapter.folder)
     if adapter.base is None:
         note(f"note       {s.adapter} has no qlora.json: its base is looked up by name, {adapter.base_model}")
     if s.lora and (why := unfit_for_lora_file(adapter)):
@@ -157,7 +158,7 @@ def importance_matrix(adapter: Adapter, f16: Path, aside: Path) -> Path:
     """llama-imatrix's file, from prompts of rows that were trained on, each with its answer."""
     if adapter.prompt is None or not adapter.prompt.asks:
         raise UsageError("--imatrix needs an adapter trained on labels: it is made from the training prompts")
-    data, tokenizer = adapter.dataset, adapter_tokenizer(adapter.folder)
+    data, tokenizer = adapter.dataset, load_tokenizer(adapter.folder)
     samples = min(IMATRIX_ROWS, data.get("samples", IMATRIX_ROWS))
     rows, _ = split(load_rows(data["name"]), samples, data["eval_samples"], data["seed"])
     # llama-imatrix reads text and obeys the control tokens in it: rows that hold some are left out.
@@ -175,7 +176,7 @@ def importance_matrix(adapter: Adapter, f16: Path, aside: Path) -> Path:
 
 def write_modelfile(path: Path, adapter: Adapter, files: list[Path]) -> None:
     """For Ollama: the file, its LoRA if apart, the chat template and system message, greedy decoding."""
-    tokenizer = adapter_tokenizer(adapter.folder)
+    tokenizer = load_tokenizer(adapter.folder)
     lines = [f"FROM ./{files[0].name}"]
     if path.name == MODELFILES[True]:
         lines.append(f"ADAPTER ./{files[1].name}")
@@ -207,7 +208,7 @@ def llama_cli_flags(adapter: Adapter) -> str:
     *system, user = example_messages(adapter)
     words = ["-sys", system[0]["content"]] if system else []
     # Llama 3's template writes today's date unless it is given one; training gave it this one.
-    if "date_string" in (adapter_tokenizer(adapter.folder).chat_template or ""):
+    if "date_string" in (load_tokenizer(adapter.folder).chat_template or ""):
         words += ["--chat-template-kwargs", json.dumps(TEMPLATE_VARIABLES)]
     return shlex.join([*words, "-st", "--temp", "0", "-p", user["content"]])
 

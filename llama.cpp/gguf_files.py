@@ -9,9 +9,10 @@ from gguf import GGML_QUANT_SIZES, GGUFReader, LlamaFileType
 from safetensors import safe_open
 
 from ollama import adds_bos
-from qlora.adapters import CONFIG, WEIGHTS, Adapter, adapter_tokenizer
+from qlora.adapters import CONFIG, WEIGHTS, Adapter
 from qlora.cli import UsageError, UserError
 from qlora.files import publish, sha256_of, write_json
+from qlora.loading import load_tokenizer
 
 RECORD = "export.json"
 MODELFILES = ("Modelfile", "Modelfile-lora")
@@ -65,7 +66,7 @@ def is_lora(reader: GGUFReader) -> bool:
 
 def check_metadata(gguf_file: Path, adapter_folder: Path) -> None:
     """Raises UserError if chat template, stop token or BOS are not those of the adapter's tokenizer."""
-    fields, tokenizer = GGUFReader(gguf_file).fields, adapter_tokenizer(adapter_folder)
+    fields, tokenizer = GGUFReader(gguf_file).fields, load_tokenizer(adapter_folder)
     wanted = {
         "tokenizer.chat_template": tokenizer.chat_template,
         "tokenizer.ggml.eos_token_id": tokenizer.eos_token_id,

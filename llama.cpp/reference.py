@@ -11,13 +11,13 @@ from peft.tuners.lora import LoraLayer
 
 from ladder import SPEED, Replies
 from qlora import prompts as p
-from qlora.adapters import Adapter, adapter_tokenizer, load_trained, read_adapter
+from qlora.adapters import Adapter, load_trained, read_adapter
 from qlora.cli import UsageError, UserError, note, progress
 from qlora.data import load_rows, split
 from qlora.evaluation import score_labels
 from qlora.fast import make_fast
 from qlora.generation import generate
-from qlora.loading import Base
+from qlora.loading import Base, load_tokenizer
 from qlora.logits import causal_lm
 from qlora.merging import merged_model
 from settings import BIN, FREE_PROMPTS, FREE_TOKENS, PROVED, ParitySettings
@@ -46,7 +46,7 @@ def read_questions(s: ParitySettings) -> tuple[Adapter, Questions]:
         raise UsageError(f"{name}: parity is measured on labels, and this adapter was not trained on labels")
     if not (BIN / "llama-server").exists() or not PROVED.is_file():
         raise UserError("llama.cpp is not built: run llama.cpp/build.sh first")
-    tokenizer = adapter_tokenizer(adapter.folder)
+    tokenizer = load_tokenizer(adapter.folder)
     if tokenizer.chat_template is None:
         raise UserError(
             f"{name}: its tokenizer has no chat template, which llama-server needs to ask the same"

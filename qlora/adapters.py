@@ -18,7 +18,7 @@ from qlora.cli import UserError, first_line, note, require
 from qlora.fast import make_fast
 from qlora.files import SEAL, broken_files, read_json
 from qlora.hardware import detect
-from qlora.loading import Base, BaseInfo, load_base, load_tokenizer
+from qlora.loading import Base, BaseInfo, load_base
 from qlora.prompts import PromptFormat
 from qlora.sources import OF_FILES
 
@@ -151,15 +151,14 @@ def check_base(adapter: Adapter, base: BaseInfo) -> str | None:
     trained = adapter.base
     if trained is None:
         return f"{adapter.name} has no {NOTES}: the prompt that it was trained with is unknown"
-    for what in ("config_sha256", "revision"):
+    compared = ["config_sha256", "revision"]
+    if trained.revision == "" and base.revision.startswith(OF_FILES):  # of a version that did not look
+        compared.remove("revision")
+    for what in compared:
         ours, theirs = getattr(trained, what), getattr(base, what)
-        if ours == "" and theirs.startswith(OF_FILES):  # an adapter of a version that did not look
-            continue
-        if ours.startswith(OF_FILES) and trained.public_name == base.public_name and ours != theirs:
-            changed = f"{base.public_name}, whose weights or tokenizer have changed since"
-            raise UserError(
-                f"--adapter {adapter.folder} was trained on {changed}; restore them or train again"
-            )
+        if ours != theirs and trained.public_name == base.public_name and ours.startswith(OF_FILES):
+            changed = f"was trained on {base.public_name}, whose weights or tokenizer have changed since"
+            raise UserError(f"--adapter {adapter.folder} {changed}; restore them or train again")
         if ours != theirs:
             was = f"was trained on {trained.name}, {what} {ours[:24] or 'none'}"
             now = f"the base is {base.name}, {what} {theirs[:24] or 'none'}; use --model {trained.name}"
@@ -173,15 +172,11 @@ def fitting(adapter: Adapter, base: BaseInfo):
     """Turns what PEFT raises on an adapter of another model into a UserError."""
     patterns = isinstance(adapter.config.get("target_modules"), str) and hasattr(signal, "SIGALRM")
     if patterns:  # a regular expression can take years to match a name; this ends it
-        signal.signal(
-            signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("its pattern does not end"))
-        )
+        signal.signal(signal.SIGALRM, _give_up)
         signal.alarm(PATTERN_SECONDS)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="Found missing adapter keys"
-            )  # check_keys() refuses them
+        with warnings.catch_warnings():  # check_keys() refuses what PEFT only warns of
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
             yield
     except UserError:
         raise
@@ -191,6 +186,10 @@ def fitting(adapter: Adapter, base: BaseInfo):
     finally:
         if patterns:
             signal.alarm(0)
+
+
+def _give_up(*_) -> None:
+    raise TimeoutError("its pattern does not end")
 
 
 def check_keys(adapter: Adapter, model) -> None:
@@ -228,8 +227,3 @@ def load_trained(adapter: Adapter) -> tuple[torch.nn.Module, Base]:
         check_keys(adapter, model)
     make_fast(model)
     return model.eval(), base
-
-
-def adapter_tokenizer(folder: Path):
-    """The tokenizer saved with an adapter; raises UserError where its files are incomplete."""
-    return load_tokenizer(folder)

@@ -149,6 +149,8 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """Call `main`; turn what went wrong into one line on stderr and an exit code (0, 1, 2 or 130)."""
     # SIGTERM as Ctrl-C: temporary files are deleted, a server that was started stops.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in ("stdout", "stderr"):  # None where they were closed before the start
+        setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that is not in UTF-8 can't show every review
         sys.stdout.reconfigure(errors="backslashreplace")
     untouched = "what was complete before is untouched; fix this and run again"

@@ -151,6 +151,8 @@ def read_json(path: Path, fix: str, kind: type = dict):
     """
     from pydantic import TypeAdapter, ValidationError
 
+    if not path.is_file():  # a pipe would be waited on for ever
+        raise UserError(f"{path} is missing or no file; {fix}")
     try:
         return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
     except ValidationError as error:

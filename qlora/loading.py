@@ -13,7 +13,7 @@ from config import PRECISIONS, Precision
 from qlora.cli import UserError, first_line
 from qlora.hardware import Hardware
 from qlora.shapes import skeleton
-from qlora.sources import check_folder, locate
+from qlora.sources import LOCAL, check_folder, locate
 from qlora.templates import refuse_endless
 from qlora.weights import plain_tensors
 
@@ -22,8 +22,6 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is depreca
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-# Only what is on this disk is read, and no code of a model's author is run.
-LOCAL = {"local_files_only": True, "trust_remote_code": False}
 NEEDS_CODE = "it needs code of its author, which is never run here"
 
 
@@ -33,9 +31,7 @@ class BaseInfo:
 
     name: str  # what --model takes
     public_name: str  # hub id, or the local path: adapter_config.json's base_model_name_or_path
-    revision: (
-        str  # hub commit, or sha256 of the GGUF file or of a plain folder's files ("" in older versions)
-    )
+    revision: str  # hub commit, or sha256 of the GGUF file or of a plain folder's files; once ""
     precision: Precision
     dtype: str
     config_sha256: str

@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from config import MODELS
 from qlora.cli import UsageError, UserError, first_line
 from qlora.hub import config_file
-from qlora.sources import HUB_ID, locate, read_config
+from qlora.sources import HUB_ID, LOCAL, locate, read_config
 
 SHAPES = json.loads(Path(__file__).with_name("shapes.json").read_text())
 
@@ -32,7 +32,7 @@ def model_config(name: str):
         raise UsageError(f"--model {name}: not found; expected {known}")
     read_config(path)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False), str(path)
+        return AutoConfig.from_pretrained(path, **LOCAL), str(path)
     except Exception as error:  # a config can make any line of transformers fail
         raise UserError(f"{path}: not a config that transformers can read ({first_line(error)})") from None
 

@@ -15,6 +15,8 @@ from qlora.fetch import PACKAGED_MODEL, fetch
 from qlora.files import SEAL, broken_files, discard, read_json, scratch, seal, sha256_of, staged
 from qlora.hub import snapshot
 
+# For everything that transformers loads: what is on this disk, and no code of a model's author.
+LOCAL = {"local_files_only": True, "trust_remote_code": False}
 UNPACKING = 2  # counts changes of unpack_gguf: folders that an earlier version made are not used
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What no model has more of. transformers would build a billion layers if config.json says so.
@@ -84,18 +86,15 @@ def unpack_gguf(gguf: Path, digest: str) -> Path:
         discard(folder)
     note(f"unpacking {gguf.name} to 16-bit weights (once)")
     try:
-        with scratch(
-            MODELS_DIR
-        ) as alone:  # beside the file, another model's config or tokenizer would be read
+        # Beside the file, another model's config or tokenizer would be read.
+        with scratch(MODELS_DIR) as alone:
             (alone / "model.gguf").symlink_to(gguf.resolve())
-            given = {"gguf_file": "model.gguf", "local_files_only": True, "trust_remote_code": False}
+            given = {"gguf_file": "model.gguf", **LOCAL}
             model = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.bfloat16, **given)
             tokenizer = AutoTokenizer.from_pretrained(alone, **given)
-    except OSError as error:
-        if error.errno is not None:  # a full disk
-            raise
-        raise UserError(f"{gguf}: not a GGUF file that transformers reads ({first_line(error)})") from None
     except Exception as error:  # a damaged header can make any line of the reader fail
+        if getattr(error, "errno", None) is not None:  # the disk's own
+            raise
         raise UserError(f"{gguf}: not a GGUF file that transformers reads ({first_line(error)})") from None
     restore_word_rule(tokenizer, gguf)
     # The marks of the GGUF quantization would make save_pretrained refuse; the weights are plain by now.

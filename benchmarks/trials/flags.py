@@ -53,7 +53,8 @@ def wrong(field: dataclasses.Field, draw: random.Random) -> list[str] | None:
     """['--seed', 'x'], or None where any text is a value."""
     flag, kind = "--" + field.name.replace("_", "-"), str(field.type)
     if kind in ("int", "float") or "Optional[int]" in kind:
-        value = draw.choice(FOR_NUMBERS)
+        may_be_none = "Optional" in kind
+        value = draw.choice([number for number in FOR_NUMBERS if not (may_be_none and number == "None")])
         return draw.choice(([flag, value], [f"{flag}={value}"], [flag]))
     if (
         "Literal" in kind

@@ -60,7 +60,9 @@ def stop(world: World, system: System, trial: dict) -> Verdict:
             time.sleep(trial["again"])
             process.send(number)
         done = process.wait()
-        verdict = check_end(done, STOPPED if system.ours else (*STOPPED, -number))
+        # Before a script's first line nothing catches SIGTERM, and nothing has to.
+        begun = system.ours and out.exists()
+        verdict = check_end(done, STOPPED if begun else (*STOPPED, -number))
         return world.check_resumed(system, out) if verdict.survived else verdict
 
 

@@ -39,9 +39,8 @@ class Run:
         self.settings, self.out = settings, settings.output_dir
         self.started, self.begun = time.perf_counter(), False
 
-    @property
-    def complete(self) -> bool:
-        """Whether --resume has nothing left to do: the report, written last, and the adapter are whole."""
+    def has_nothing_to_do(self) -> bool:
+        """Whether --resume finds a complete run: the report, written last, and the adapter are whole."""
         if not (self.settings.resume and _is_json(self.out / REPORT)):
             return False
         broken = broken_files(self.out)

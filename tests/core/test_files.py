@@ -86,6 +86,12 @@ def test_json_that_is_not_what_was_asked_for(tmp_path, content):
         files.read_json(tmp_path / "x.json", "do this", Settings)
 
 
+def test_a_pipe_is_not_waited_on(tmp_path):
+    os.mkfifo(tmp_path / "settings.json")
+    with pytest.raises(UserError, match="settings.json is missing or no file"):
+        files.read_json(tmp_path / "settings.json", "")
+
+
 def test_what_a_killed_process_left_is_deleted_and_what_a_living_one_makes_is_kept(tmp_path):
     code = f"""
 import os, sys, time

@@ -165,6 +165,15 @@ def test_the_shell_sees_one_line_and_the_code(tmp_path):
     assert "adapter" in one_error(script("qlora_inference.py", "--adapter", tmp_path / "none-here", "x"), 2)
 
 
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
+def test_a_script_whose_streams_are_closed_says_nothing(closed, tmp_path, tiny_folder, csv):
+    flags = " ".join(map(str, small_run(tiny_folder, csv, tmp_path / "out")))
+    command = f"exec {sys.executable} {ROOT / 'qlora_finetune.py'} {flags} {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stdout
+    assert "tuned (this adapter)" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_an_error_is_one_line_whatever_it_quotes(capsys):
     def fails(_):
         raise UserError("the file 'a\nb' is odd")
