@@ -98,6 +98,10 @@ class QLoRATrainer(Trainer):
         self.state = state
         return True
 
+    def _load_scaler(self, checkpoint):
+        if self.accelerator.scaler is not None:  # else the file is not ours: no run in this dtype writes one
+            super()._load_scaler(checkpoint)
+
     def _get_train_sampler(self, train_dataset=None):
         lengths = [len(e["input_ids"]) for e in self.train_dataset]
         return LengthBatches(lengths, self.args.train_batch_size, self.args.seed)
