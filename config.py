@@ -32,12 +32,16 @@ MODELS = {
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
     "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
     "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
 }
 
 # --model auto on a GPU: the first one whose training step fits, by the memory plan.
 GPU_DEFAULTS = ("llama-3.2-3b", "llama-3.2-1b")
+
+# Models of like size that need no account, for --model auto where the hub refuses the gated one.
+UNGATED = {"llama-3.2-3b": "qwen2.5-3b", "llama-3.2-1b": "qwen2.5-1.5b"}
 
 # How the frozen base is held: what BitsAndBytesConfig is given, or the name of a torch dtype.
 PRECISIONS = {
@@ -87,10 +91,15 @@ PAD_MULTIPLE = 16  # few batch widths: a CPU's kernels are made once per width, 
 CHUNK_POSITIONS = 1024  # positions whose logits exist at once: 1024 x 49152 in fp32 is 0.2 GB
 
 
+Device = Literal["auto", "cuda", "cpu"]
+
+
 @dataclass
 class ModelSettings:
     # Preset, hub id, local folder or .gguf file. auto: Llama 3.2 on a GPU, else the bundled SmolLM2-135M.
     model: str = "auto"
+    # auto: an NVIDIA GPU if one can be used, else the CPU. cuda: refuse to run without one.
+    device: Device = "auto"
     # Tokens per row, prompt and answer together; longer reviews keep their end, where the verdict stands.
     max_length: int = 256
     # Rows per step on the device. Small batches make more updates of the same rows, and fit into 3 GB.
@@ -155,6 +164,8 @@ class InferSettings:
     adapter: UseAppendAction[tuple[str, ...]] = ()
     # The base. auto: the one that the adapter was trained on.
     model: str = "auto"
+    # auto: an NVIDIA GPU if one can be used, else the CPU. cuda: refuse to run without one.
+    device: Device = "auto"
     # auto: what the adapter was trained on (nf4 for the base alone).
     precision: Literal["auto", Precision] = "auto"
     # A file with one prompt per line, answered in batches.

@@ -8,40 +8,36 @@ report.md, curves.png and a model card. Then: python qlora_inference.py "your re
 """
 
 import dataclasses
-import os
 import shlex
 from collections.abc import Sequence
 
 from config import LORA_VARIANTS, MAX_GRAD_NORM, TrainSettings
+from qlora import processes
 from qlora.cli import UsageError, note, parse, require, run
 from qlora.training.run_folder import open_run, saved_settings
 
 
 def read_settings(argv: Sequence[str] | None) -> TrainSettings:
     """Flags -> checked settings; with --resume, the earlier run's settings are the defaults."""
+    processes.read_environment()
     s = parse(TrainSettings, argv, __doc__)
     if s.resume and (earlier := saved_settings(s.output_dir, TrainSettings)):
         s = parse(TrainSettings, argv, __doc__, default=earlier)
     require(not (s.resume and s.overwrite), "--resume and --overwrite: choose one of them")
     require(s.question is None or s.question.strip() != "", "--question is empty")
-    one_process = os.environ.get("WORLD_SIZE", "") in ("", "0", "1")
-    require(one_process, "several processes (accelerate launch, torchrun) are not supported yet: start one")
-    for name in list(os.environ):  # accelerate would wait for other processes, or compute in another dtype
-        if name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") or name.startswith("ACCELERATE_"):
-            del os.environ[name]
     return s
 
 
 def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
-    global adapters, batches, data, fast, files, guards, hardware, loading, lora, plan, prompts, report
-    global BeforeAfter, QLoRATrainer
+    global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, plan, prompts
+    global report, sources, BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
 
-    from qlora import adapters, batches, data, fast, files, hardware, loading, lora, prompts
+    from qlora import adapters, batches, data, fast, files, hardware, hub, loading, lora, prompts, sources
     from qlora.memory import plan
     from qlora.training import guards, report
     from qlora.training.before_after import BeforeAfter
@@ -61,8 +57,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(run) -> None:
     """The whole job, in the order in which it happens."""
     s, machine = choose_model(run.settings)
-    rows, held_out, found = choose_rows(s, run.older)
-    predicted = plan.predict_run(s, machine, every_token=s.objective == "lm" or found.kind == "chat")
+    with processes.first_goes_first():  # the others find what it fetched
+        rows, held_out, found = choose_rows(s, run.older)
+        if processes.count() > 1:
+            sources.locate(s.model, run.revision)
+    labels = None if s.objective == "lm" else 2  # of a row: an answer and its end token
+    predicted = plan.predict_run(s, machine, labels) if found.kind != "chat" else None
 
     # 1. The frozen base, its linear layers in 4 bits. (load_in_4bit alone would mean fp4.)
     four_bit = BitsAndBytesConfig(
@@ -79,6 +79,8 @@ def train(run) -> None:
     note(f"weights    {base.model.get_memory_footprint() / 1e6:.0f} MB as {s.precision}")
     prompt = prompts.choose_format(s.objective, found.kind, found.answers, s.max_length, s.question)
     examples = batches.encode_rows(base.tokenizer, prompt, rows, "training")
+    if found.kind == "chat":  # only now is it known how many tokens of a row are trained on
+        predicted = plan.predict_run(s, machine, batches.most_labels(examples))
     batches.show_labels(base.tokenizer, examples[0])
     healthy = guards.Guards()
     guards.check_data(healthy, base.tokenizer, prompt, examples)
@@ -107,15 +109,21 @@ def train(run) -> None:
     frozen = guards.check_start(healthy, model, examples, machine.autocast, s.lora_variant)
     trainer = QLoRATrainer(model, training_arguments(s, machine), examples, base, run, healthy)
     measured = trainer.train_or_resume()
-    guards.all_finite(healthy, [step["loss"] for step in trainer.history])
+    guards.check_training(healthy, [step["loss"] for step in trainer.history], measured["applied_updates"])
 
-    # 4. Save; score the same rows again; write the record.
-    with files.scratch(run.out) as aside:
-        save_adapter(aside, model, base, prompt, s)
-        guards.check_end(healthy, model, examples, machine.autocast, (aside, frozen))
-        files.publish_sealed(aside, run.out)
+    # 4. Save; score the same rows again; write the record. (Of several processes the first writes.)
+    if processes.is_first():
+        with files.scratch(run.out) as aside:
+            save_adapter(aside, model, base, prompt, s)
+            guards.check_end(healthy, model, examples, machine.autocast, (aside, frozen))
+            files.publish_sealed(aside, run.out)
+    else:
+        guards.base_unchanged(healthy, frozen, model)
+    processes.wait()
     note(f"guards     all {len(healthy.results)} held")
     evaluation = comparison.score_after(model, before)
+    if not processes.is_first():
+        return
     lora_size = report.lora_section(model)
     weights_bytes = base.model.get_memory_footprint() - lora_size["bytes"]
     record = {
@@ -143,12 +151,14 @@ def choose_model(s: TrainSettings):
     precision = s.precision
     if precision == "auto":
         own_values = s.model.lower().endswith(".gguf")
-        precision = hardware.precision_of(hardware.detect().dtype) if own_values else "nf4"
-    machine = hardware.detect(precision)
+        precision = hardware.precision_of(hardware.detect(device=s.device).dtype) if own_values else "nf4"
+    machine = hardware.detect(precision, s.device)
     hardware.show(machine)
+    processes.meet(machine.device)
     s, model, why = dataclasses.replace(s, precision=precision), s.model, "given"
     if model == "auto":
-        model, why = plan.default_model(machine, plan.training_job(s, machine, s.objective == "lm"))
+        job = plan.training_job(s, machine, None if s.objective == "lm" else 2)
+        model, why = hub.or_ungated(*plan.default_model(machine, job))
     note(f"model      {model} ({why}), {precision}")
     return dataclasses.replace(s, model=model), machine
 
@@ -173,7 +183,7 @@ def choose_rows(s: TrainSettings, older_run: bool):
 
 
 def training_arguments(s: TrainSettings, machine):
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(s.output_dir),
         per_device_train_batch_size=s.batch_size,
         gradient_accumulation_steps=s.grad_accum,
@@ -194,7 +204,10 @@ def training_arguments(s: TrainSettings, machine):
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,  # every matrix takes part in every step
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # more means DataParallel: the model on all GPUs at each step
+    return arguments
 
 
 def save_adapter(folder, model, base, prompt, s: TrainSettings) -> None:

@@ -49,11 +49,22 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
 def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, PeftModel, TextStreamer, make_fast
-    global adapters, data, evaluation, generation, hardware, loading, measures, merging, plan, prompts
+    global adapters, data, evaluation, generation, hardware, hub, loading, measures, merging, plan, prompts
     from peft import PeftModel
     from transformers import BitsAndBytesConfig, TextStreamer
 
-    from qlora import adapters, data, evaluation, generation, hardware, loading, measures, merging, prompts
+    from qlora import (
+        adapters,
+        data,
+        evaluation,
+        generation,
+        hardware,
+        hub,
+        loading,
+        measures,
+        merging,
+        prompts,
+    )
     from qlora.fast import make_fast
     from qlora.memory import plan
 
@@ -113,14 +124,14 @@ def choose_base(s: InferSettings, chosen: list):
     trained, precision = chosen[0].base if chosen else None, s.precision
     if precision == "auto":
         precision = trained.precision if trained else "nf4"
-    machine = hardware.detect(precision)
+    machine = hardware.detect(precision, s.device)
     hardware.show(machine)
     if s.model != "auto":
         return s.model, "given", precision, machine
     if chosen:
         return chosen[0].base_model, f"what {chosen[0].name} was trained on", precision, machine
     job = plan.training_job(TrainSettings(precision=precision), machine)
-    return *plan.default_model(machine, job), precision, machine
+    return *hub.or_ungated(*plan.default_model(machine, job)), precision, machine
 
 
 def to_ids(s: InferSettings, adapter, base, text: str) -> list[int]:
@@ -272,4 +283,7 @@ def show_score(base, model, prompt, rows: list, who: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(
+        main,
+        "lower --batch-size or --max-new-tokens, shorten the prompt; --merge also holds the 16-bit model",
+    )

@@ -57,12 +57,12 @@ def earlier_results(out: Path) -> dict:
 
 def import_libraries() -> None:
     """The only late imports: they take seconds, and --help and typos are answered before."""
-    global BitsAndBytesConfig, LoraConfig, load_base, adapters, hardware, lora, shapes, weights
+    global BitsAndBytesConfig, LoraConfig, load_base, adapters, hardware, hub, lora, shapes, weights
     global compare, compare_pictures, datatypes, ledger, outline, sampling, untrained, plan, step
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
-    from qlora import adapters, hardware, lora, shapes, weights
+    from qlora import adapters, hardware, hub, lora, shapes, weights
     from qlora.lab import compare, compare_pictures, datatypes, ledger, outline, sampling, untrained
     from qlora.loading import load_base
     from qlora.memory import plan, step
@@ -114,7 +114,7 @@ def lesson(s: DemoSettings, machine) -> dict:
     if begin("plan", parts):
         results["plan"] = show_plan(s, machine)
     if begin("compare", parts):
-        results["compare"] = compare.compare(s.model, s.compare, s.eval_samples, s.seed)
+        results["compare"] = compare.compare(s.model, s.compare, s.eval_samples, s.seed, s.device)
         compare_pictures.draw_sizes(out / "precisions.png", results["compare"]["rows"])
         if errors := results["compare"]["errors"]:
             compare_pictures.draw_errors(out / "errors.png", errors)
@@ -123,11 +123,11 @@ def lesson(s: DemoSettings, machine) -> dict:
 
 def choose_model(asked: DemoSettings):
     """(settings with a model, hardware); raises UserError for what a chosen part could not work with."""
-    machine = hardware.detect(asked.precision)
+    machine = hardware.detect(asked.precision, asked.device)
     hardware.show(machine)
     model, why = asked.model, "given"
     if model == "auto":
-        model, why = plan.default_model(machine, plan.training_job(asked, machine))
+        model, why = hub.or_ungated(*plan.default_model(machine, plan.training_job(asked, machine)))
     note(f"model      {model} ({why})")
     if "plan" in chosen_parts(asked):
         step.refuse_other_kinds(shapes.model_config(model)[0])
@@ -196,4 +196,4 @@ def save(s: DemoSettings, machine, results: dict) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, "choose a smaller --model, or fewer parts (--plan and --ledger need no weights)")

@@ -43,7 +43,7 @@ CPU_JOBS = (
     {"length": 512, "batch_size": 2},
     {"length": 1024, "batch_size": 1},
     {"gradient_checkpointing": True},
-    {"every_token": True},
+    {"labels": None},
     {"target_modules": "attention", "lora_r": 32},
     {"lora_r": 64},
     {"precision": "fp4", "batch_size": 2},
@@ -56,7 +56,7 @@ GPU_JOBS = (
     {"batch_size": 1, "length": 512},
     {"batch_size": 8, "length": 512},
     {"batch_size": 8, "length": 512, "gradient_checkpointing": True},
-    {"batch_size": 2, "length": 1024, "every_token": True},
+    {"batch_size": 2, "length": 1024, "labels": None},
     {"precision": "bf16"},
     {"precision": "int8"},
     {"lora_r": 64, "target_modules": "attention"},
@@ -70,8 +70,8 @@ JOBS = {
 def measure(model_name: str, given: dict) -> dict:
     """{"predicted": …, "measured": …, "parts": …} in bytes, for one job on this machine."""
     hardware = detect(given.get("precision", "nf4"))
-    hopper = hardware.device == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
-    job = Job(**given, device=hardware.device, dtype=hardware.dtype, hopper=hopper)
+    capability = hardware.capability or Job.capability
+    job = Job(**given, device=hardware.device, dtype=hardware.dtype, capability=capability)
     config = model_config(model_name)[0]
     predicted = predict_training(config, job)
     lm = random_model(config, job) if job.on_gpu else load_base(model_name, job.precision, hardware).model
@@ -102,7 +102,7 @@ def prepare(lm, job: Job):
     width = -(-job.length // PAD_MULTIPLE) * PAD_MULTIPLE
     ids = torch.randint(0, lm.config.vocab_size, (job.batch_size, width), device=job.device)
     labels = ids.clone()
-    if not job.every_token:
+    if job.labels is not None:
         labels[:, :-2] = IGNORE
 
     def step():

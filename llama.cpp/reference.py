@@ -17,6 +17,7 @@ from qlora.data import load_rows, split
 from qlora.evaluation import score_labels
 from qlora.fast import make_fast
 from qlora.generation import generate
+from qlora.hardware import return_freed_memory
 from qlora.loading import Base, load_tokenizer
 from qlora.logits import causal_lm
 from qlora.merging import merged_model
@@ -81,6 +82,7 @@ def ask_trained(adapter: Adapter, questions: Questions, title: str) -> tuple[Rep
     replies = ask(merged, base, questions, "merged 16 bit")
     del model, base, merged  # the servers need the memory
     gc.collect()
+    return_freed_memory()
     return trained, replies
 
 

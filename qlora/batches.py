@@ -35,6 +35,11 @@ def encode_rows(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -
     return kept
 
 
+def most_labels(examples: list[dict]) -> int:
+    """Labelled positions of the row that has most of them."""
+    return max(sum(label != IGNORE for label in e["labels"][1:]) for e in examples)
+
+
 def show_labels(tokenizer, example: dict, edge: int = 6) -> None:
     """X-ray of one row: which tokens are only read (.), and which are learned (+)."""
     rows = list(zip(example["input_ids"], example["labels"]))
@@ -49,6 +54,9 @@ def show_labels(tokenizer, example: dict, edge: int = 6) -> None:
             note(f"             … {len(skip)} more")
 
 
+BLANK = {"input_ids": [0], "labels": [IGNORE]}  # teaches nothing and counts for nothing
+
+
 class LengthBatches(torch.utils.data.Sampler):
     """Order of rows in which neighbours have about the same length, so that batches need little padding.
 
@@ -56,16 +64,21 @@ class LengthBatches(torch.utils.data.Sampler):
     shuffled again. The longest batch comes first: what does not fit into memory fails at once. The order
     depends on seed and epoch alone, so a resumed run sees the same batches. (transformers'
     LengthGroupedSampler has no seed by epoch.)
+
+    With several processes a batch is all that they read in one step, and the order holds each one's share in
+    turn, alike in lengths. Row number len(lengths), a BLANK one, fills the last batch.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+    def __init__(self, lengths: list[int], batch_size: int, seed: int, processes: int = 1):
+        self.lengths, self.seed, self.epoch = lengths, seed, 0
+        self.batch_size, self.processes = batch_size * processes, processes
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        count = len(self.lengths)
+        return count + (-count % self.batch_size if self.processes > 1 else 0)
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -81,6 +94,11 @@ class LengthBatches(torch.utils.data.Sampler):
         shuffled = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
         longest = max(whole, key=lambda b: self.lengths[b[0]], default=None)
         shuffled.sort(key=lambda b: b is not longest)
+        if self.processes > 1:
+            blank = len(self.lengths)
+            filled = [b + [blank] * (self.batch_size - len(b)) for b in shuffled + rest]
+            shares = [b[number :: self.processes] for b in filled for number in range(self.processes)]
+            return iter([i for share in shares for i in share])
         return iter([i for batch in shuffled + rest for i in batch])
 
 
@@ -97,5 +115,5 @@ def collate(examples: list[dict], pad_id: int, multiple: int = 1) -> dict:
     for row, example in enumerate(examples):
         input_ids[row, : len(example["input_ids"])] = torch.tensor(example["input_ids"])
         labels[row, : len(example["labels"])] = torch.tensor(example["labels"])
-    real_tokens = sum(len(e["input_ids"]) for e in examples)
+    real_tokens = sum(len(e["input_ids"]) for e in examples if e is not BLANK)
     return {"input_ids": input_ids, "labels": labels, "real_tokens": real_tokens}

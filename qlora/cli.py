@@ -60,9 +60,15 @@ def first_line(error: Exception) -> str:
     return lines[0][:160] if lines else type(error).__name__
 
 
+def speaks() -> bool:
+    """Whether this process prints: of several (torchrun), the first does."""
+    return os.environ.get("RANK", "0") in ("", "0")
+
+
 def note(text: str = "") -> None:
     """Progress and explanations go to stderr, so that stdout holds answers only."""
-    print(text, file=sys.stderr, flush=True)
+    if speaks():
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -70,7 +76,7 @@ def progress(rows: int, title: str) -> Iterator[Callable]:
     """A progress bar on stderr; yields the function that moves it on by a number of rows."""
     from tqdm import tqdm
 
-    with tqdm(total=rows, desc=title, unit="row", mininterval=2) as bar:
+    with tqdm(total=rows, desc=title, unit="row", mininterval=2, disable=not speaks()) as bar:
         yield bar.update
 
 
@@ -145,8 +151,14 @@ def refuse_unreadable(kind: type, argv: Sequence[str] | None) -> None:
             raise UsageError(f"{word} begins with a long dash; type two short ones: {meant}")
 
 
-def run(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Call `main`; turn what went wrong into one line on stderr and an exit code (0, 1, 2 or 130)."""
+SMALLER_STEP = "lower --batch-size or --max-length, add --gradient-checkpointing, or choose a smaller --model"
+
+
+def run(main: Callable[[Sequence[str] | None], None], less_memory: str = SMALLER_STEP) -> None:
+    """Call `main`; turn what went wrong into one line on stderr and an exit code (0, 1, 2 or 130).
+
+    `less_memory`: what to do in this script when memory runs out.
+    """
     # SIGTERM as Ctrl-C: temporary files are deleted, a server that was started stops.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for name in ("stdout", "stderr"):  # None where they were closed before the start
@@ -154,7 +166,6 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that is not in UTF-8 can't show every review
         sys.stdout.reconfigure(errors="backslashreplace")
     untouched = "what was complete before is untouched; fix this and run again"
-    ways = "lower --batch-size or --max-length, add --gradient-checkpointing, or choose a smaller --model"
     try:
         main(None)
     except UserError as error:
@@ -165,7 +176,7 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except MemoryError:
-        fail(f"out of memory: {ways}", 1)
+        fail(f"out of memory: {less_memory}", 1)
     except OSError as error:
         what = os.strerror(error.errno) if error.errno in errno.errorcode else first_line(error)
         fail(f"{what}: {str(error.filename or 'while reading or writing')[:200]}; {untouched}", 1)
@@ -185,11 +196,14 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
             fail(f"No space left on device, or a limit reached: while writing; {untouched}", 1)
         out_of_memory = "out of memory" in text.lower() or "can't allocate memory" in text
         if isinstance(error, RuntimeError) and out_of_memory:
-            fail(f"out of memory: {ways}", 1)
+            fail(f"out of memory: {less_memory}", 1)
         raise
 
 
 def fail(message: str, code: int) -> None:
     message = " ".join(message.split())  # what it quotes may hold line breaks
-    note(f"error: {message}" if code != 130 else message)
+    if speaks():
+        note(f"error: {message}" if code != 130 else message)
+    elif code == 1:  # the first process says the rest
+        print(f"error: process {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

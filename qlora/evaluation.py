@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from config import PAD_MULTIPLE
+from qlora import processes
 from qlora import prompts as p
 from qlora.batches import collate
 from qlora.cli import progress
@@ -42,10 +43,17 @@ def score_labels(model, prompts: Ids, answers: Ids, autocast, progress=lambda n:
 
 
 def score_answers(base, model, prompt: p.PromptFormat, prompts: Ids, title: str) -> np.ndarray:
-    """score_labels() for the answers of `prompt`, with a progress bar; `model`: the base's own or PEFT's."""
+    """score_labels() for the answers of `prompt`, with a progress bar; `model`: the base's own or PEFT's.
+
+    Several processes share the prompts out, and all of them get all scores.
+    """
     answers = [p.answer_ids(base.tokenizer, prompt, label) for label in range(len(prompt.answers))]
-    with progress(len(prompts), title) as step:
-        return score_labels(model, prompts, answers, base.hardware.autocast, step)
+    with progress(-(-len(prompts) // processes.count()), title) as step:
+        return np.array(
+            processes.shared_out(
+                prompts, lambda mine: list(score_labels(model, mine, answers, base.hardware.autocast, step))
+            )
+        )
 
 
 def _log_p(model, prompts: Ids, answer: list[int], wanted: list[int], autocast, progress) -> np.ndarray:
@@ -112,13 +120,15 @@ def perplexity(model, examples: list[dict], autocast, progress=lambda n: None) -
     device = next(model.parameters()).device
     model.eval()
     total, tokens = 0.0, 0
+    mine = examples[processes.rank() :: processes.count()]
     with autocast():
-        for batch in _by_length([e["input_ids"] for e in examples], 0, device.type):
-            inputs = collate([examples[i] for i in batch], 0)
+        for batch in _by_length([e["input_ids"] for e in mine], 0, device.type):
+            inputs = collate([mine[i] for i in batch], 0)
             ids, labels = inputs["input_ids"].to(device), inputs["labels"].to(device)
             # Divided by 1: the sum over labelled positions, made in chunks (logits.loss_at_labels).
             total += model(input_ids=ids, labels=labels, num_items_in_batch=1).loss.item()
             tokens += int((labels[:, 1:] != IGNORE).sum())
             progress(len(batch))
+    total, tokens = processes.added_up([total, tokens], device)
     mean = total / tokens
-    return {"perplexity": math.exp(mean), "loss": mean, "tokens": tokens, "rows": len(examples)}
+    return {"perplexity": math.exp(mean), "loss": mean, "tokens": int(tokens), "rows": len(examples)}

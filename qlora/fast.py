@@ -125,15 +125,47 @@ def attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, is_cau
     return CausalAttention.apply(q, k, v, causal_bias(q.shape[1] // k.shape[1], length, q.dtype), scale), None
 
 
+def has_flash(capability: tuple[int, int], dtype: torch.dtype) -> bool:
+    """Whether torch has FlashAttention for a GPU of this compute capability and in this dtype."""
+    return capability >= (8, 0) and dtype in (torch.float16, torch.bfloat16)
+
+
+def repeated_keys_attention(module, q, k, v, attention_mask, is_causal=None, **kwargs):
+    """transformers' SDPA for GPUs without FlashAttention (a T4, or any in fp32), where heads share keys.
+
+    There transformers asks for grouped heads (enable_gqa), which of the kernels left only the plain one
+    takes: it makes the whole attention matrix, ten times the memory at 256 tokens (transformers issue 48633).
+    With each head's keys in its place torch takes its memory-efficient kernel. For a single token the heads
+    of a group become the rows of one head instead, so that a long cache is not repeated.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    alone = types.SimpleNamespace(is_causal=is_causal)  # says nothing of groups
+    heads, groups = q.shape[1], k.shape[1]
+    if q.shape[2] == 1 and attention_mask is None:
+        packed = q.reshape(q.shape[0], groups, heads // groups, q.shape[3])
+        out = sdpa_attention_forward(alone, packed, k, v, None, is_causal=False, **kwargs)[0]
+        # (batch, heads of a group, groups, d): back to one token with all heads
+        return out.transpose(1, 2).reshape(q.shape[0], 1, heads, -1), None
+    if heads != groups:
+        k, v = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
+    return sdpa_attention_forward(alone, q, k, v, attention_mask, is_causal=is_causal, **kwargs)
+
+
 def make_fast(model) -> str:
     """Everything that this repository changes in a loaded model's forward; returns what was done, in words.
 
-    Logits at labelled positions only, on every device. On a CPU in bf16 also: frozen values dequantized once,
-    full short attention, norms and gates without fp32 copies, fused LoRA. Call it when the adapters are in.
+    Logits at labelled positions only, on every device. On a GPU without FlashAttention: keys repeated, for
+    the next best kernel. On a CPU in bf16: frozen values dequantized once, full short attention, norms and
+    gates without fp32 copies, fused LoRA. Call it when the adapters are in.
     Parameters, state dict and merging stay the libraries' own.
     """
     lm = causal_lm(model)
     loss_at_labels(lm)
+    if lm.device.type == "cuda" and not has_flash(torch.cuda.get_device_capability(lm.device), lm.dtype):
+        return repeat_keys(lm)
     if lm.device.type != "cpu" or lm.dtype != torch.bfloat16:
         return "the libraries' own"
     matrices, size = speed_up_base(lm)
@@ -142,14 +174,29 @@ def make_fast(model) -> str:
     return f"for the CPU: {once}short attention in full, LoRA fused"
 
 
+def repeat_keys(lm) -> str:
+    """Attend by repeated_keys_attention(); what was done, in words."""
+    if lm.config._attn_implementation != "sdpa":
+        return "the libraries' own"
+    use_attention(lm, "repeated_keys", repeated_keys_attention)
+    return "keys repeated for torch's memory-efficient attention: FlashAttention has no kernel for this GPU"
+
+
+def use_attention(lm, name: str, attention) -> None:
+    """Let `lm` attend by this function, with the masks of SDPA."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    lm.set_attn_implementation(name)
+
+
 def speed_up_base(lm) -> tuple[int, int]:
     """Dequantize the frozen values of a 4-bit model once, use the attention above; (matrices, their bytes).
 
     The 4-bit weights stay in place, for saving, hashing and merging.
     """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
     dense = []
     for module in lm.modules():
         kind = type(module).__name__
@@ -162,9 +209,7 @@ def speed_up_base(lm) -> tuple[int, int]:
             module.forward = types.MethodType(_dense_forward, module)
             dense.append(module.dequantized)
     if lm.config._attn_implementation == "sdpa":
-        AttentionInterface.register("causal_products", attention)
-        AttentionMaskInterface.register("causal_products", sdpa_mask)
-        lm.set_attn_implementation("causal_products")
+        use_attention(lm, "causal_products", attention)
     return len(dense), sum(m.nbytes for m in dense)
 
 

@@ -10,7 +10,9 @@ import psutil
 import torch
 
 from config import PRECISIONS
-from qlora.cli import note
+from qlora.cli import UserError, note
+from qlora.cuda import find_trouble
+from qlora.processes import count, local_rank
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,14 @@ class Hardware:
     dtype: torch.dtype  # of matrix products
     why: str
     memory_gib: float
+    capability: tuple[int, int] | None = None  # of a GPU
+    not_cuda: str = ""  # why a CPU: "no CUDA device" or "--device cpu"
+    unused: str = ""  # what is wrong with a GPU that is here
+
+    @property
+    def place(self) -> str:
+        """The device by name and number, as torch and transformers take it."""
+        return self.device if self.device == "cpu" else f"cuda:{local_rank()}"
 
     def autocast(self):
         """On a GPU, matrix products in `dtype` although adapters are kept in fp32.
@@ -30,9 +40,13 @@ class Hardware:
         return torch.autocast("cuda", dtype=self.dtype) if sixteen else nullcontext()
 
 
-def detect(precision: str = "nf4") -> Hardware:
-    """The first CUDA device, else the CPU; computes in a 16 or 32-bit `precision`, else in bf16 if it can."""
-    found, name = _detect(), PRECISIONS[precision]
+def detect(precision: str = "nf4", device: str = "auto") -> Hardware:
+    """This process's CUDA device if it can be used, else the CPU.
+
+    It computes in a 16 or 32-bit `precision`, else in bf16 if it can. `device`: auto, cuda or cpu. Raises
+    UserError where `cuda` can't be had.
+    """
+    found, name = _detect(device), PRECISIONS[precision]
     asked = getattr(torch, name) if isinstance(name, str) else found.dtype
     why = found.why if asked == found.dtype else f"--precision {precision} asks for it"
     return dataclasses.replace(found, dtype=asked, why=why)
@@ -43,27 +57,37 @@ def precision_of(dtype: torch.dtype) -> str:
     return next(name for name, value in PRECISIONS.items() if value == str(dtype).removeprefix("torch."))
 
 
-def _detect() -> Hardware:
-    if not torch.cuda.is_available():
-        return Hardware("cpu", _cpu_name(), *cpu_dtype(), psutil.virtual_memory().total / 2**30)
-    card = torch.cuda.get_device_properties(0)
+def _detect(device: str = "auto") -> Hardware:
+    trouble = find_trouble() if device != "cpu" else None
+    if device == "cuda" and trouble:
+        raise UserError(f"--device cuda: {trouble.text}")
+    if trouble and trouble.card and count() > 1:  # the others may have found theirs
+        raise UserError(trouble.text)
+    if device == "cpu" or trouble:
+        unused = trouble.text if trouble and trouble.card else ""
+        why_cpu = "--device cpu" if device == "cpu" else "no CUDA device"
+        dtype, why = cpu_dtype()
+        memory = psutil.virtual_memory().total / 2**30
+        return Hardware("cpu", _cpu_name(), dtype, f"{why_cpu}; {why}", memory, None, why_cpu, unused)
+    card = torch.cuda.get_device_properties(local_rank())
     # torch.cuda.is_bf16_supported() also says yes to emulation (T4), which is several times slower than fp16.
     bf16 = (card.major, card.minor) >= (8, 0)
     dtype = torch.bfloat16 if bf16 else torch.float16
     why = f"compute capability {card.major}.{card.minor}: "
     why += "bf16 in hardware" if bf16 else "no bf16, so fp16 with a gradient scaler and fp32 adapters"
-    return Hardware("cuda", card.name, dtype, why, card.total_memory / 2**30)
+    return Hardware("cuda", card.name, dtype, why, card.total_memory / 2**30, (card.major, card.minor))
 
 
 def cpu_dtype() -> tuple[torch.dtype, str]:
     """bf16 where the processor multiplies in it, fp32 elsewhere (emulated bf16 is slower than fp32)."""
     if torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16, "no CUDA device; the processor has AMX, which multiplies in bf16"
+        return torch.bfloat16, "the processor has AMX, which multiplies in bf16"
     if torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16, "no CUDA device; the processor has AVX512-BF16"
-    if platform.machine() in ("arm64", "aarch64") and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16, "no CUDA device; the Arm processor multiplies in bf16"
-    return torch.float32, "no CUDA device; the processor has no bf16 arithmetic, so fp32"
+        return torch.bfloat16, "the processor has AVX512-BF16"
+    arm = platform.machine() in ("arm64", "aarch64") and torch.backends.mkldnn.is_available()
+    if arm and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16, "the Arm processor multiplies in bf16"
+    return torch.float32, "the processor has no bf16 arithmetic, so fp32"
 
 
 def environment(hardware: Hardware) -> dict:
@@ -85,24 +109,44 @@ def show(hardware: Hardware) -> None:
     """The first lines of a run: on what, in which arithmetic and why, with which libraries."""
     env = environment(hardware)
     note(f"device     {hardware.name}, {hardware.memory_gib:.0f} GiB")
+    if hardware.unused:
+        note(f"note       a GPU is not used: {hardware.unused}")
     note(f"dtype      {env['dtype']}: {hardware.why}")
     shown = ("python", "torch", "transformers", "peft", "bitsandbytes")
     note(f"versions   {', '.join(f'{name} {env[name]}' for name in shown)}")
 
 
+_earlier_peak = 0  # of the CUDA allocator, before it was told to forget
+
+
+def restart_cuda_peak() -> None:
+    """Let torch's count of allocated bytes begin anew; peak_memory_bytes() remembers what came before."""
+    global _earlier_peak
+    _earlier_peak = max(_earlier_peak, torch.cuda.max_memory_allocated())
+    torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_bytes(device: str) -> int:
-    """Peak so far: of the CUDA allocator on a GPU, of the process (resident set) on a CPU."""
+    """Peak of the whole process so far: of the CUDA allocator on a GPU, its resident set on a CPU."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    import resource  # not on Windows, where nothing else asks for it
+        return max(_earlier_peak, torch.cuda.max_memory_allocated())
+    if platform.system() == "Windows":
+        return psutil.Process().memory_info().peak_wset
+    import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
 
 
 def return_freed_memory() -> None:
-    """Give freed pages back to the system (glibc): batches of many lengths fragment its heap by 1 GB."""
+    """Give freed memory back to the system, so that other programs can have it.
+
+    glibc: batches of many lengths fragment its heap by 1 GB. CUDA: torch's allocator keeps what was freed.
+    """
     import ctypes
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if platform.system() == "Linux" else None
     if trim:

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from config import BUNDLED, MODELS
-from qlora.cli import UserError, first_line
+from config import BUNDLED, MODELS, UNGATED
+from qlora.cli import UserError, first_line, note
 from qlora.fetch import hide_passwords
 
 # Weights as safetensors only: unpickling a .bin runs whatever code its author put there.
@@ -40,6 +40,29 @@ def config_file(hub_id: str) -> Path:
         from huggingface_hub import hf_hub_download
 
         return Path(hf_hub_download(hub_id, "config.json"))
+
+
+def or_ungated(preset: str, why: str) -> tuple[str, str]:
+    """(preset, why) of a model that was not asked for by name: an ungated one if the hub refuses `preset`."""
+    if preset not in UNGATED or not is_refused(MODELS[preset]):
+        return preset, why
+    other, gated = UNGATED[preset], MODELS[preset]
+    note(f"note       {gated} is gated and this account has no access: {MODELS[other]} instead")
+    note(f"           (access: ask at https://huggingface.co/{gated}, then `hf auth login`)")
+    return other, f"ungated; {preset} is not"
+
+
+def is_refused(hub_id: str) -> bool:
+    """Whether the hub says that this account (or none) may not have a gated model that is not cached."""
+    try:
+        with asking(hub_id, "model"):
+            from huggingface_hub import auth_check, try_to_load_from_cache
+
+            if not isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
+                auth_check(hub_id)
+    except UserError as error:  # anything else is told when the model is fetched
+        return " is gated: " in str(error)
+    return False
 
 
 @contextlib.contextmanager

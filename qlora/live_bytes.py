@@ -18,6 +18,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qlora.hardware import restart_cuda_peak
+
 
 class LiveBytes(TorchDispatchMode):
     """Bytes of all storages that are alive, by the `tag` under which they were made, and their peak.
@@ -106,7 +108,7 @@ class StepPeak:
         """
         if self.device == "cuda":
             if not self._widest:  # what loading and scoring took before is no training step's
-                torch.cuda.reset_peak_memory_stats()
+                restart_cuda_peak()
                 self._widest = width
             yield
             self.bytes = max(self.bytes, torch.cuda.max_memory_allocated())

@@ -43,13 +43,13 @@ class HeldOut:
     reference: list[torch.Tensor] = field(default_factory=list)
 
 
-def compare(name: str, precisions: Sequence[str] | None, eval_samples: int, seed: int) -> dict:
+def compare(name: str, precisions: Sequence[str] | None, eval_samples: int, seed: int, device="auto") -> dict:
     """Print a row per precision (some of COMPARABLE; default: what this device runs well) and what they say.
 
     Returns {reference, text, rows, errors, findings}: rows hold figures or a `reason`; errors the relative
     error of each linear layer in 4-bit rows. Raises UserError where no precision could be measured.
     """
-    hardware = detect()
+    hardware = detect(device=device)
     source = load_source(name, hardware)
     held = held_out(source.tokenizer, eval_samples, seed)
     chosen = precisions or default_precisions(hardware)

@@ -15,15 +15,16 @@ from qlora.memory.step import Job, planned_model, predict, predict_training
 from qlora.shapes import model_config
 from qlora.tables import table
 
-# What nvidia-smi reports (MiB), and the compute capability: bf16 from 8.0, more for cuBLAS from 9.0.
+# What nvidia-smi reports (MiB), and the compute capability: bf16 and FlashAttention from 8.0, more for cuBLAS
+# from 9.0.
 CARDS = {
-    "T4 16": (15360, 7.5),
-    "RTX 3060 12": (12288, 8.6),
-    "RTX 4060 8": (8188, 8.9),
-    "RTX 4090 24": (24564, 8.9),
-    "A100 40": (40960, 8.0),
-    "A100 80": (81920, 8.0),
-    "H100 80": (81559, 9.0),
+    "T4 16": (15360, (7, 5)),
+    "RTX 3060 12": (12288, (8, 6)),
+    "RTX 4060 8": (8188, (8, 9)),
+    "RTX 4090 24": (24564, (8, 9)),
+    "A100 40": (40960, (8, 0)),
+    "A100 80": (81920, (8, 0)),
+    "H100 80": (81559, (9, 0)),
 }
 # Held by the CUDA context, loaded kernels and gaps between blocks. An allowance, not a measurement.
 CUDA_RESERVE = 0.8 * 2**30
@@ -32,16 +33,16 @@ CPU_RESERVE = 1.5 * 2**30
 FITS = {True: "fits", False: "does not fit"}
 
 
-def training_job(settings, hardware: Hardware, every_token: bool = False) -> Job:
-    """The job that these settings (of training or of the demo) describe on this machine."""
+def training_job(settings, hardware: Hardware, labels: int | None = 2) -> Job:
+    """The job that these settings (of training or of the demo) describe here; `labels` as in Job."""
     same = {f.name: getattr(settings, f.name) for f in fields(Job) if hasattr(settings, f.name)}
     return replace(
         Job(**same),
         device=hardware.device,
         dtype=hardware.dtype,
         length=settings.max_length,
-        every_token=every_token,
-        hopper=hardware.device == "cuda" and torch.cuda.get_device_capability() >= (9, 0),
+        labels=labels,
+        capability=hardware.capability or Job.capability,
     )
 
 
@@ -61,7 +62,7 @@ def default_model(hardware: Hardware, job: Job | None = None) -> tuple[str, str]
     `job` is a training step with default settings if not given.
     """
     if hardware.device == "cpu":
-        return BUNDLED, "no CUDA device"
+        return BUNDLED, hardware.not_cuda
     # DoRA adds a vector a layer, and can't always be planned.
     job, usable = replace(job or Job(dtype=hardware.dtype), lora_variant="lora"), capacity(hardware)
     for preset in GPU_DEFAULTS:
@@ -71,9 +72,9 @@ def default_model(hardware: Hardware, job: Job | None = None) -> tuple[str, str]
     return preset, f"the smallest, though a training step takes {gb(peak)} of {gb(usable)} GB"
 
 
-def predict_run(settings, hardware: Hardware, every_token: bool) -> dict | None:
+def predict_run(settings, hardware: Hardware, labels: int | None) -> dict | None:
     """What the widest training step of a run will hold, also told in notes; None if it can't be planned."""
-    job = training_job(settings, hardware, every_token)
+    job = training_job(settings, hardware, labels)
     try:
         predicted = predict(predict_training, model_config(settings.model)[0], job)
     except UsageError:
@@ -130,23 +131,26 @@ def outside_linear(config) -> int:
 def cards(config, job: Job) -> list[dict]:
     """Per card: peak, verdict, the largest batch at this length and the largest length at this batch.
 
-    A GPU's attention keeps nothing that grows with the square of the length. So the peak is a straight line
-    in the number of tokens, and two predictions give both.
+    No kernel that a GPU takes here keeps anything that grows with the square of the length. So the peak is a
+    straight line in the number of tokens, and two predictions give both.
     """
     # 16 or 32 bits that were asked for are computed in on any card. Else fp16 needs as many bytes as bf16.
     named = isinstance(PRECISIONS[job.precision], str)
-    gpu = replace(job, device="cuda", dtype=job.dtype if named else torch.bfloat16, hopper=False)
-    base, twice = (training_peak(config, gpu, batch_size=n * job.batch_size) for n in (1, 2))
-    rows = []
+    dtype = job.dtype if named else torch.bfloat16
+    rows, peaks = [], {}
     for name, (mebibytes, capability) in CARDS.items():
-        more_cublas = step.CUBLAS_WORKSPACE[capability >= 9] - step.CUBLAS_WORKSPACE[False]
-        peak = base + more_cublas
-        verdict, more = judge(job, mebibytes * 2**20 - CUDA_RESERVE, peak, twice + more_cublas)
+        gpu = replace(job, device="cuda", dtype=dtype, capability=capability)
+        kind = gpu.attention, gpu.cublas_workspace
+        if kind not in peaks:
+            peaks[kind] = [training_peak(config, gpu, batch_size=n * job.batch_size) for n in (1, 2)]
+        verdict, more = judge(job, mebibytes * 2**20 - CUDA_RESERVE, *peaks[kind])
         length = max(0, job.length + math.floor(more * job.length))
         length -= length % PAD_MULTIPLE  # rows are padded to it
         length = min(length, getattr(config, "max_position_embeddings", length))
-        dtype = job.precision if named else "bf16" if capability >= 8 else "fp16"
-        rows.append({"card": name, "dtype": dtype, "peak": peak, **verdict, "largest_length": length})
+        computes = job.precision if named else "bf16" if capability >= (8, 0) else "fp16"
+        attends = "flash" if gpu.attention is step.flash_attention else "efficient"
+        what = {"card": name, "dtype": computes, "attention": attends, "peak": peaks[kind][0]}
+        rows.append({**what, **verdict, "largest_length": length})
     return rows
 
 
@@ -238,13 +242,14 @@ def show_plan(plan: dict, config) -> None:
     if tried := machine["remedies"]:
         rows = [(r["change"], r["price"], gb(r["peak"]), FITS[r["fits"]]) for r in tried]
         print(table(("remedy", "price", "peak GB", "verdict"), rows, left=2, indent=4))
-    print("  the same on a GPU (attention without its matrix, no dequantized copy)")
+    print("  the same on a GPU (no dequantized copy; no attention matrix: by FlashAttention, or by torch's")
+    print("  memory-efficient kernel where a card or a dtype has none)")
     rows = [
-        (c["card"], c["dtype"], gb(c["capacity"]), gb(c["peak"]), FITS[c["fits"]])
+        (c["card"], c["dtype"], c["attention"], gb(c["capacity"]), gb(c["peak"]), FITS[c["fits"]])
         + (c["largest_batch"], f"{c['largest_length']:,}")
         for c in plan["cards"]
     ]
-    headers = ("card", "computes in", "usable GB", "peak GB", "verdict", batch, length)
+    headers = ("card", "computes in", "attention", "usable GB", "peak GB", "verdict", batch, length)
     print(table(headers, rows, left=2, indent=4))
     allowance = f"{CUDA_RESERVE / 2**30:.1f} GiB for CUDA itself, an allowance"
     print(f"    usable: what the driver reports less {allowance}. fp16: the T4 has no bf16 arithmetic.")

@@ -56,8 +56,8 @@ class Job:
     target_modules: str = "all-linear"
     lora_variant: str = "lora"
     gradient_checkpointing: bool = False
-    every_token: bool = False  # loss at all positions (objective lm) instead of an answer's two
-    hopper: bool = False  # compute capability 9 or newer
+    labels: int | None = 2  # labelled positions of a row; an answer has two, None: all (objective lm)
+    capability: tuple[int, int] = (8, 0)  # compute capability of the GPU
 
     lora_alpha: ClassVar[None] = None  # a factor: it takes no memory
 
@@ -67,7 +67,14 @@ class Job:
 
     @property
     def cublas_workspace(self) -> int:
-        return CUBLAS_WORKSPACE[self.hopper] if self.on_gpu else 0
+        return CUBLAS_WORKSPACE[self.capability >= (9, 0)] if self.on_gpu else 0
+
+    @property
+    def attention(self):
+        """The attention that is planned with: what fast.make_fast() lets this device take."""
+        if not self.on_gpu:
+            return fast.attention
+        return flash_attention if fast.has_flash(self.capability, self.dtype) else efficient_attention
 
     def autocast(self):
         """A GPU's, as Hardware.autocast; the tensors without data say that they are a CPU's."""
@@ -102,7 +109,7 @@ def predict_training(config, job: Job) -> dict:
 def predict_inference(config, job: Job) -> dict:
     """Bytes at the peak of reading `batch_size` prompts of `length` tokens, KV cache included."""
     with planned(config, job) as (model, live), torch.inference_mode():
-        attend(causal_lm(model), gpu_attention if job.on_gpu else fast.attention)
+        attend(causal_lm(model), job.attention)
         live.tag = "temporaries"
         live.start_peak()
         ids = torch.empty(job.batch_size, job.length, dtype=torch.long)
@@ -230,7 +237,7 @@ def no_data(gpu: bool) -> Iterator[None]:
 def make_trainable(model, job: Job, live: LiveBytes) -> None:
     """Attention, fast path and loss as a training run has them."""
     lm = causal_lm(model)
-    attend(lm, gpu_attention if job.on_gpu else fast.attention)
+    attend(lm, job.attention)
     if not job.on_gpu and lm.dtype == torch.bfloat16:  # as fast.make_fast asks
         live.tag = "fast_copy"
         fast.speed_up_base(lm)
@@ -239,7 +246,8 @@ def make_trainable(model, job: Job, live: LiveBytes) -> None:
     def pick(hidden, labels):
         """As many positions as there will be labels; from here on it is the loss that holds memory."""
         live.tag = "logits"
-        count = hidden.shape[1] - 1 if job.every_token else 2
+        count = hidden.shape[1] - 1
+        count = count if job.labels is None else min(job.labels, count)
         return hidden[:, :count].reshape(-1, hidden.shape[-1]).clone(), labels[:, :count].reshape(-1).clone()
 
     loss_at_labels(lm, pick)
@@ -300,18 +308,27 @@ def attend(model, attention) -> None:
 
     transformers would look whether rows are packed, and tensors without data can't answer.
     """
-    name = f"planned_{attention.__name__}"
+    name = "planned"
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
     model.set_attn_implementation(name)
 
 
-def gpu_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, **kwargs):
+def flash_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """What FlashAttention keeps: q, k, v, its output and one number a row; grouped heads are not repeated.
 
     The CPU's operator has the same shapes, and this torch may know no CUDA device.
     """
     out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, True, scale=scaling)[0]
+    return out.transpose(1, 2).contiguous(), None
+
+
+def efficient_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """What torch's memory-efficient kernel keeps: the same, but keys and values once for each head of q."""
+    heads = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(heads, dim=1) if heads > 1 else x for x in (k, v))
+    attend_to = torch.ops.aten._scaled_dot_product_efficient_attention
+    out = attend_to(q, k, v, None, q.requires_grad, dropout, q.shape[2] > 1, scale=scaling)[0]
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -323,6 +340,10 @@ def cuda_workspace(function, args, out) -> int:
         return rows * columns * args[0].element_size()
     if name == "bitsandbytes::int8_scaled_mm":  # sums in int32, scaled into the output afterwards
         return out.numel() * 4
+    if "efficient_attention" in name and "backward" in name:
+        # dq is summed in fp32; the product of the output and its gradient is one number a row
+        q, out_gradient = args[1], args[0]
+        return q.numel() * 4 + out_gradient.numel() // out_gradient.shape[-1] * 4
     if "flash_attention" in name and "backward" in name:
         # dq is summed in fp32; dk and dv are made for every head, then summed by group
         q, k = args[1], args[2]

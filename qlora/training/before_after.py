@@ -10,6 +10,7 @@ import numpy as np
 
 from config import FEW_SHOT, SENTIMENT_ANSWERS
 from qlora import evaluation as e
+from qlora import processes
 from qlora import prompts as p
 from qlora.batches import encode_rows
 from qlora.cli import UserError, note, progress
@@ -32,7 +33,7 @@ class BeforeAfter:
 
     def score_before(self, run: Run, model, train_rows: list[Row]) -> dict:
         """What `model` can do with its adapter off; kept part by part, so --resume need not repeat it."""
-        asked, before = self._fingerprint(train_rows), run.kept()
+        asked, before = self._fingerprint(train_rows), processes.told_by_first(run.kept())
         if "fingerprint" not in before:  # nothing yet, or scores of an older version: measured again
             before = {"fingerprint": asked, "revision": self.base.info.revision}
         elif before["fingerprint"] != asked:
@@ -49,7 +50,8 @@ class BeforeAfter:
             for name, measure in parts.items():
                 if name not in before:
                     before |= measure()
-                    write_record(run.out / BEFORE, before)
+                    if processes.is_first():
+                        write_record(run.out / BEFORE, before)
         return before
 
     def score_after(self, model, before: dict) -> dict:

@@ -1,8 +1,8 @@
 """Is this run healthy? Each guard names what it looked at and, when it fires, the fix.
 
 Each stands for a bug that ruins a run while the loss looks fine; tests/training/test_guards.py plants the
-bugs. check_data, check_start, check_step and check_end say when a guard looks: a new one is a function here,
-a line in one of these, and its fix in FIXES.
+bugs. check_data, check_start, check_step, check_training and check_end say when a guard looks: a new one is a
+function here, a line in one of these, and its fix in FIXES.
 """
 
 import hashlib
@@ -25,6 +25,8 @@ FIXES = {
     "loss_is_models_own": "qlora/logits.py must do what this model does to its logits (softcap? scaling?)",
     "nothing_repacked": "4-bit weights were repacked: call qlora.loading.never_repack after loading",
     "all_matrices_learn": "is the model in training mode, is anything detached, do all modules take part?",
+    "updates_applied": "the gradients overflow in fp16 whatever the scale: start again with --overwrite and "
+    "--precision fp32, or a smaller model",
     "finite": "start again with --overwrite and a lower --learning-rate; on GPUs without bf16 (T4) fp16 can "
     "overflow: try --precision fp32 or a smaller model",
     "base_unchanged": "something wrote into the frozen base: the adapter does not fit the weights on disk",
@@ -75,13 +77,20 @@ def check_step(guards: Guards, logs: dict, step: int, scaled: bool) -> None:
             guards.check("finite", False, f"{name} is {value} at step {step}")
 
 
+def check_training(guards: Guards, losses: list[float], applied: int) -> None:
+    """After the last step: what the whole run's steps did, those of earlier processes included."""
+    all_finite(guards, losses)
+    updates_applied(guards, applied, len(losses))
+    if not guards.of("all_matrices_learn"):
+        looks = "looks after two applied updates, in a step without overflow; no process came to that"
+        note(f"note       guard 'all_matrices_learn' {looks}: this run is not judged by it")
+
+
 def check_end(guards: Guards, model, train: list[dict], autocast, saved: tuple[Path, str]) -> None:
     """After training; `saved`: (folder that the adapter was saved to, hash of the frozen base before)."""
     folder, frozen = saved
     base_unchanged(guards, frozen, model)
     reloads_same(guards, model, folder, probe_batch(model, train)["input_ids"], autocast)
-    if not guards.of("all_matrices_learn"):
-        note("note       guard 'all_matrices_learn' looks at a process's third update; no process had three")
 
 
 def labels_present(guards: Guards, examples: list[dict]) -> None:
@@ -146,9 +155,15 @@ def all_matrices_learn(guards: Guards, model) -> None:
 
 
 def all_finite(guards: Guards, losses: list[float]) -> None:
-    """What check_step() saw, for the whole run: steps of earlier processes included."""
+    """What check_step() saw, for the whole run."""
     count = sum(map(math.isfinite, losses))
     guards.check("finite", count == len(losses), f"the loss of {count} of {len(losses)} steps is finite")
+
+
+def updates_applied(guards: Guards, applied: int, steps: int) -> None:
+    """A gradient scaler (fp16) skips updates whose gradients overflowed; skipping them all is no training."""
+    skipped = "" if applied == steps else ", the others skipped: their gradients were not finite"
+    guards.check("updates_applied", applied > 0, f"{applied} of {steps} updates were applied{skipped}")
 
 
 def base_unchanged(guards: Guards, before: str, model) -> None:

@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 from config import PRECISIONS
+from qlora import processes
 from qlora.cli import note
 from qlora.files import write_json, write_text
 from qlora.hardware import peak_memory_bytes
@@ -58,7 +59,8 @@ def train_section(measured: dict, history: list[dict]) -> dict:
     few = max(1, min(10, len(losses) // 2))  # steps at either end, none of them at both
     return {
         "steps": len(history),
-        **{key: measured[key] for key in ("processes", "seconds", "real_tokens")},
+        **{key: measured[key] for key in ("processes", "seconds", "real_tokens", "applied_updates")},
+        "world_size": processes.count(),
         "tokens_per_second": measured["real_tokens"] / measured["seconds"],
         "loss_first": sum(losses[:few]) / few,
         "loss_last": sum(losses[-few:]) / few,

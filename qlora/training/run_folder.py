@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from qlora import processes
 from qlora.cli import UsageError, UserError, note, require
 from qlora.files import (
     PART,
@@ -52,7 +53,9 @@ class Run:
 
     @property
     def resume_command(self) -> str:
-        return f"python qlora_finetune.py --output-dir {shlex.quote(str(self.out))} --resume"
+        count = processes.count()
+        launch = "python" if count == 1 else f"torchrun --nproc_per_node {count}"
+        return f"{launch} qlora_finetune.py --output-dir {shlex.quote(str(self.out))} --resume"
 
     @property
     def older(self) -> bool:
@@ -62,8 +65,15 @@ class Run:
     def begin(self, settings) -> None:
         """The first change to the folder, after model and data proved usable: a typo costs no earlier run.
 
-        `settings` are kept for --resume, with the model and the precision that `auto` stood for.
+        `settings` are kept for --resume, with the model and the precision that `auto` stood for. Of several
+        processes the first changes it, the others wait.
         """
+        if processes.is_first():
+            self._begin(settings)
+        processes.wait()
+        self.begun = True
+
+    def _begin(self, settings) -> None:
         if self.settings.overwrite:
             for name in WRITTEN:  # but for the settings, which say that the folder is ours
                 (self.out / name).unlink(missing_ok=True)
@@ -73,7 +83,6 @@ class Run:
         if self.older:  # stays so for the next --resume
             del kept["question"]
         write_record(self.out / SETTINGS, kept)
-        self.begun = True
 
     def kept(self) -> dict:
         """Scores of the base, and its revision, so far: BeforeAfter.score_before writes them.
@@ -106,9 +115,12 @@ def saved_settings(out: Path, kind: type):
 def open_run(settings) -> Iterator[Run]:
     """Lock the output folder and check what is in it; raises UsageError or UserError.
 
-    Nothing is changed yet: see Run.begin().
+    Nothing is changed yet: see Run.begin(). Of several processes the first does this.
     """
     out: Path = settings.output_dir
+    if not processes.is_first():
+        yield Run(settings)
+        return
     # .lock and a part of settings.json can be all that a killed run had time to write.
     names = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
     others = [name for name in names if name != ".lock" and not name.startswith((PART, f".{SETTINGS}"))]
@@ -133,7 +145,7 @@ def _check_earlier(settings) -> None:
     out = settings.output_dir
     if settings.resume:
         # A setting that an older version did not have was at its default.
-        before = _as_json(type(settings)()) | _read(out)
+        before = _as_json(type(settings)()) | {"processes": 1} | _read(out)
         now = _as_json(settings)
         changed = [f"--{k.replace('_', '-')} {before[k]} -> {v}" for k, v in now.items() if before[k] != v]
         what = f"the run in {out} began with other settings ({'; '.join(changed)}); leave them out"
@@ -162,5 +174,7 @@ def _is_run(out: Path) -> bool:
 
 
 def _as_json(settings) -> dict:
+    """The settings that a run has to be resumed with, and its processes: they share the batch."""
     fields = dataclasses.asdict(settings).items()
-    return {k: str(v) if isinstance(v, Path) else v for k, v in fields if k not in NOT_COMPARED}
+    kept = {k: str(v) if isinstance(v, Path) else v for k, v in fields if k not in NOT_COMPARED}
+    return kept | {"processes": processes.count()}

@@ -1,5 +1,6 @@
 """What HF's Trainer lacks: batches by length, checkpoints that are complete or absent, Ctrl-C."""
 
+import contextlib
 import json
 import signal
 import threading
@@ -12,7 +13,8 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
 from config import KEEP_CHECKPOINTS, PAD_MULTIPLE
-from qlora.batches import LengthBatches, collate
+from qlora import processes
+from qlora.batches import BLANK, LengthBatches, collate
 from qlora.cli import note
 from qlora.files import broken_files, discard, publish, scratch, seal
 from qlora.hardware import peak_memory_bytes, return_freed_memory
@@ -30,7 +32,7 @@ class Counts:
     """
 
     def __init__(self, run_started: float, device: str):
-        self.processes, self.real_tokens, self.earlier = 1, 0, {}
+        self.processes, self.real_tokens, self.applied, self.earlier = 1, 0, 0, {}
         self.run_started, self.train_started = run_started, time.perf_counter()
         self.device, self.peak = device, StepPeak(device)  # peak: of tensors, in a training step
 
@@ -41,12 +43,15 @@ class Counts:
             "run_seconds": now - self.run_started + before.get("run_seconds", 0),
             "seconds": now - self.train_started + before.get("seconds", 0),
             "real_tokens": self.real_tokens,
+            "applied_updates": self.applied,
             "peak_bytes": self.peak.bytes,
             "process_peak_bytes": max(peak_memory_bytes(self.device), before.get("process_peak_bytes", 0)),
         }
 
-    def go_on_from(self, earlier: dict) -> None:
+    def go_on_from(self, earlier: dict, step: int) -> None:
+        """`earlier`: what measured() said at `step`."""
         self.earlier, self.processes = earlier, earlier["processes"] + 1
+        self.applied = earlier.get("applied_updates", step)  # older versions did not count them
         self.real_tokens, self.peak.bytes = earlier["real_tokens"], earlier["peak_bytes"]
 
 
@@ -56,9 +61,11 @@ class QLoRATrainer(Trainer):
     def __init__(self, model, args, train_dataset: list[dict], base, run: Run, guards: Guards):
         self.guards, self.run, self.counts = guards, run, Counts(run.started, args.device.type)
         self.interrupt, self._staging = Interrupt(), None
-        self.watch = Watch(guards, self.counts, self.interrupt)
         collator = partial(collate, pad_id=base.tokenizer.pad_token_id, multiple=PAD_MULTIPLE)
+        if processes.count() > 1:
+            train_dataset = [*train_dataset, BLANK]
         super().__init__(model, args, collator, train_dataset, processing_class=base.tokenizer)
+        self.watch = Watch(self)
         self.add_callback(self.watch)
         self.remove_callback(PrinterCallback)
 
@@ -68,7 +75,8 @@ class QLoRATrainer(Trainer):
         Raises KeyboardInterrupt, which says how to continue, after Ctrl-C; the state is saved then.
         """
         with self.interrupt:
-            checkpoint = last_complete(self.run.out)
+            checkpoint = last_complete(self.run.out) if processes.is_first() else None
+            checkpoint = processes.told_by_first(checkpoint)
             if checkpoint:
                 note(f"resuming from {checkpoint}")
             try:
@@ -76,7 +84,7 @@ class QLoRATrainer(Trainer):
                     self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             finally:
                 self.watch.close()  # an error message starts on a line of its own
-        if self.interrupt.asked:
+        if self.interrupt.asked or self.interrupt.agreed:
             step = self.state.global_step
             raise KeyboardInterrupt(f"saved at step {step}; continue with: {self.run.resume_command}")
         return self.counts.measured()
@@ -89,9 +97,9 @@ class QLoRATrainer(Trainer):
     def _restore(self, checkpoint: Path) -> bool:
         """Count on from where the process that wrote `checkpoint` was; True if no step is left to do."""
         earlier = json.loads((checkpoint / MEASURED).read_text())
-        self.counts.go_on_from(earlier)
         self.guards.results += earlier["guards"]
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        self.counts.go_on_from(earlier, state.global_step)
         if state.global_step < state.max_steps:
             return False
         self._load_from_checkpoint(str(checkpoint))
@@ -103,11 +111,20 @@ class QLoRATrainer(Trainer):
             super()._load_scaler(checkpoint)
 
     def _get_train_sampler(self, train_dataset=None):
-        lengths = [len(e["input_ids"]) for e in self.train_dataset]
-        return LengthBatches(lengths, self.args.train_batch_size, self.args.seed)
+        lengths = [len(e["input_ids"]) for e in self.train_dataset if e is not BLANK]
+        return LengthBatches(lengths, self.args.train_batch_size, self.args.seed, processes.count())
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Of one update: its batches, and the number of labels in them, of all processes together."""
+        batches, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tokens = sum(batch.pop("real_tokens") for batch in batches)
+        # Ctrl-C reaches the processes at different steps: here they agree.
+        tokens, stop = processes.added_up([tokens, self.interrupt.asked], device)
+        self.counts.real_tokens += int(tokens)
+        self.interrupt.agreed = stop > 0
+        return batches, labels
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.counts.real_tokens += inputs.pop("real_tokens")
         width = inputs["input_ids"].shape[1]
         with self.counts.peak.watch(width, steady=self.state.global_step > 0):
             return super().training_step(model, inputs, num_items_in_batch)
@@ -118,18 +135,26 @@ class QLoRATrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         """Write aside, list every file with its hash, then rename: a checkpoint is complete or absent."""
         out, name = self.run.out, f"checkpoint-{self.state.global_step}"
-        with scratch(out) as self._staging:
+        with scratch(out) if processes.is_first() else contextlib.nullcontext() as aside:
+            self._staging = processes.told_by_first(aside)  # each process writes its random state there
             made = self._staging / name
             try:
                 super()._save_checkpoint(model, trial)
+                processes.wait()
             finally:
                 self._staging = None
-            # It looks once, in a process's third update: a resumed run takes the result over.
-            measured = self.counts.measured() | {"guards": self.guards.of("all_matrices_learn")}
-            (made / MEASURED).write_text(json.dumps(measured))
-            seal(made)
-            discard(out / name)
-            publish(made, out / name)
+            if processes.is_first():
+                self._publish(made)
+        processes.wait()
+
+    def _publish(self, made: Path) -> None:
+        out = self.run.out
+        # It looks once in a process: a resumed run takes the result over.
+        measured = self.counts.measured() | {"guards": self.guards.of("all_matrices_learn")}
+        (made / MEASURED).write_text(json.dumps(measured))
+        seal(made)
+        discard(out / made.name)
+        publish(made, out / made.name)
         # Checkpoints of later steps were skipped when the run began: damaged, or of an older version.
         kept = [folder for folder in checkpoints(out) if step_of(folder) <= self.state.global_step]
         for old in set(checkpoints(out)) - set(kept[:KEEP_CHECKPOINTS]):
@@ -159,7 +184,7 @@ class Interrupt:
     """Ctrl-C (and SIGTERM) once: finish the step, save, stop. Twice: stop at once."""
 
     def __init__(self):
-        self.asked, self._before = False, {}
+        self.asked, self.agreed, self._before = False, False, {}  # agreed: by several processes
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -179,34 +204,45 @@ class Interrupt:
 class Watch(TrainerCallback):
     """Progress, and the guards that look during training."""
 
-    def __init__(self, guards: Guards, counts: Counts, interrupt: Interrupt):
-        self.guards, self.counts, self.interrupt = guards, counts, interrupt
-        self.bar, self.updates, self.checked = None, 0, False
+    def __init__(self, trainer: QLoRATrainer):
+        self.guards, self.counts, self.interrupt = trainer.guards, trainer.counts, trainer.interrupt
+        self.accelerator, self.scale, self.bar = trainer.accelerator, 0.0, None
+        self.updates, self.checked = 0, False
 
     def on_train_begin(self, args, state, control, **kwargs):
         done = {"total": state.max_steps, "initial": state.global_step}
-        self.bar = tqdm(desc="train", unit="step", mininterval=2, **done)
+        self.bar = tqdm(desc="train", unit="step", mininterval=2, disable=not processes.is_first(), **done)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        # Warm-up starts at a rate of zero, so B leaves zero in the second update; A's gradient is zero while
-        # B is. With a scaler (fp16) an update whose gradients overflowed is skipped: look at the next.
-        self.updates += 1
-        due = self.updates >= 3 and not self.checked
+        if self.accelerator.scaler is not None:
+            self.scale = self.accelerator.scaler.get_scale()
+        # Warm-up starts at a rate of zero, so B leaves zero in the second applied update; A's gradient is
+        # zero while B is. With a scaler (fp16) gradients may overflow here: look at the next step's.
+        due = self.updates >= 2 and not self.checked
         if due and all(p.grad.norm().isfinite() for p in model.parameters() if p.grad is not None):
             self.checked = True
             all_matrices_learn(self.guards, model)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        # The scaler lowers its scale when it skips an update. (accelerate's optimizer_step_was_skipped is
+        # always False with a fused optimizer, whose kernel does the skipping.)
+        scaler = self.accelerator.scaler
+        if scaler is None or scaler.get_scale() >= self.scale > 0:
+            self.updates += 1
+            self.counts.applied += 1
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
         if args.use_cpu and state.global_step % 20 == 0:
             return_freed_memory()
-        if self.interrupt.asked:
+        stop = self.interrupt.asked if processes.count() == 1 else self.interrupt.agreed
+        if stop:
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs:
             return
-        check_step(self.guards, logs, state.global_step, scaled=args.fp16)
+        check_step(self.guards, logs, state.global_step, self.accelerator.scaler is not None)
         took = self.counts.measured()
         rate = took["real_tokens"] / took["seconds"]
         self.bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {rate:.0f} tokens/s")

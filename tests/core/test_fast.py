@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora import fast
 from qlora.hardware import detect
@@ -15,6 +16,8 @@ bf16 = pytest.mark.skipif(
 )
 BATCH = {"input_ids": torch.arange(5, 45).view(2, 20), "labels": torch.full((2, 20), -100)}
 BATCH["labels"][:, -2:] = 9
+SMALL_LLAMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL_LLAMA |= {"vocab_size": 100}
 
 
 def test_lora_function_has_the_formulas_gradients():
@@ -168,3 +171,53 @@ def test_other_dtypes_keep_the_libraries_own_kernels(tiny_folder):
     lm = "base_model.model"  # its loss is made at the labelled positions on every device
     after = {name: vars(module).get("forward") for name, module in model.named_modules()}
     assert {n for n in after if after[n] != before[n]} <= {lm}
+
+
+@pytest.mark.parametrize("heads, groups, queries", [(4, 4, 6), (6, 2, 6), (6, 2, 1), (8, 1, 1)])
+def test_repeated_keys_attend_as_transformers_does(heads, groups, queries):
+    from types import SimpleNamespace
+
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, length, 8) for n, length in ((heads, queries), (groups, 6), (groups, 6)))
+    module = SimpleNamespace(num_key_value_groups=heads // groups, is_causal=True)
+    mask = torch.rand(2, 1, queries, 6) > 0.3
+    mask[..., 0] = True
+    for given in (None, mask):
+        mine, _ = fast.repeated_keys_attention(module, q, k, v, given, scaling=0.3)
+        torch.testing.assert_close(mine, sdpa_attention_forward(module, q, k, v, given, scaling=0.3)[0])
+
+
+def test_a_gpu_without_flash_attention_is_never_asked_for_grouped_heads(monkeypatch):
+    # On compute capability 7.5 `enable_gqa` leaves torch its plain kernel, which keeps the attention matrix.
+    asked, plain = [], F.scaled_dot_product_attention
+
+    def sdpa(*args, **kwargs):
+        asked.append(kwargs.get("enable_gqa", False))
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", sdpa)
+    config = LlamaConfig(**SMALL_LLAMA, num_key_value_heads=2)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.arange(5, 25).view(2, 10)
+    before = model(ids).logits
+    assert asked == [True, True]
+    assert "keys repeated" in fast.repeat_keys(model)
+    asked.clear()
+    torch.testing.assert_close(model(ids).logits, before)
+    model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)  # token by token
+    assert asked and not any(asked)
+
+
+@pytest.mark.parametrize(
+    "capability, dtype, has",
+    [
+        ((7, 5), "float16", False),
+        ((8, 0), "bfloat16", True),
+        ((9, 0), "float16", True),
+        ((8, 9), "float32", False),
+    ],
+)
+def test_flash_attention_by_capability_and_dtype(capability, dtype, has):
+    assert fast.has_flash(capability, getattr(torch, dtype)) is has

@@ -26,7 +26,16 @@ from qlora.memory.plan import (
     show_plan,
     training_peak,
 )
-from qlora.memory.step import Job, predict, predict_inference, predict_merge, predict_training, weights_bytes
+from qlora.memory.step import (
+    CUDA_BLOCK,
+    Job,
+    _first_layers,
+    predict,
+    predict_inference,
+    predict_merge,
+    predict_training,
+    weights_bytes,
+)
 from qlora.shapes import model_config
 from qlora.weights import held_bytes, plain_tensors
 
@@ -53,7 +62,7 @@ def real_step(folder, job: Job) -> dict:
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     ids = torch.randint(0, lm.config.vocab_size, (job.batch_size, job.length))
     labels = ids.clone()
-    if not job.every_token:
+    if job.labels is not None:
         labels[:, :-2] = IGNORE
     held = [t for p in (*model.parameters(), *model.buffers()) for t in plain_tensors(p)]
     held += [ids, labels, *(m.dequantized for m in model.modules() if hasattr(m, "dequantized"))]
@@ -79,7 +88,7 @@ def real_step(folder, job: Job) -> dict:
     [
         Job(length=64),
         Job(length=64, batch_size=8, gradient_checkpointing=True),
-        Job(length=128, every_token=True),
+        Job(length=128, labels=None),
         Job(length=64, lora_r=64, target_modules="attention"),
         Job(length=64, precision="bf16"),
     ],
@@ -169,10 +178,26 @@ def test_eight_billion_parameters_fit_a_t4_in_4_bits_and_not_in_16():
     assert not {row["card"]: row for row in cards(config, Job(precision="bf16"))}["T4 16"]["fits"]
 
 
+def test_a_t4_is_planned_with_the_kernel_that_it_has():
+    """Compute capability 7.5 has no FlashAttention: keys and values are kept once for each head."""
+    config = model_config("llama-3.2-1b")[0]
+    kept = {}
+    for capability in ((7, 5), (8, 0)):
+        job = Job(device="cuda", dtype=torch.float16, length=512, capability=capability)
+        kept[capability] = predict_training(_first_layers(config, 2), job)["activations"]
+    # 2 layers x 4 rows x 512 tokens x (k and v) x (32 - 8 heads) x 64 x 2 bytes; a seed and an offset a layer
+    assert kept[7, 5] - kept[8, 0] == 2 * 4 * 512 * 2 * 24 * 64 * 2 + 2 * 2 * CUDA_BLOCK
+    rows = {row["card"]: row["attention"] for row in cards(config, Job())}
+    assert rows["T4 16"] == "efficient" and rows["RTX 3060 12"] == "flash"
+    assert {row["attention"] for row in cards(config, Job(precision="fp32", dtype=torch.float32))} == {
+        "efficient"
+    }
+
+
 def test_a_card_is_judged_alike_on_every_machine(tiny_folder):
     # Planned on an H100, its larger cuBLAS workspace was counted for every card.
     config = model_config(str(tiny_folder))[0]
-    assert cards(config, Job(device="cuda", hopper=True)) == cards(config, Job())
+    assert cards(config, Job(device="cuda", capability=(9, 0))) == cards(config, Job())
 
 
 def test_the_largest_batch_fits_and_one_more_does_not():
@@ -210,35 +235,35 @@ def test_a_plan_is_shown_with_its_remedies_and_its_cards(tight_plan, capsys):
     assert next(row for row in rows if row.startswith("total")).split()[2] == "2.472"
     assert "this machine, a small machine, 0.54 GB for tensors: training does not fit" in "\n".join(rows)
     assert any(row.startswith("--batch-size 1 --grad-accum 8 the same updates") for row in rows)
-    assert any(row.startswith("T4 16 fp16 15.25") for row in rows)
+    assert any(row.startswith("T4 16 fp16 efficient 15.25") for row in rows)
     # 16 layers x 2 (k and v) x 8 heads x 64 x 2 bytes = 32,768 bytes a token; the model reads 131,072.
     assert any("KV cache 0.017; 4.29 at the model's 131,072 tokens" in row for row in rows)
 
 
 def test_a_run_says_what_it_will_take(tiny_folder, capsys):
     settings = TrainSettings(model=str(tiny_folder), precision="nf4", max_length=64)
-    predicted = predict_run(settings, SMALL_MACHINE, every_token=False)
+    predicted = predict_run(settings, SMALL_MACHINE, labels=2)
     assert predicted == predict_training(model_config(str(tiny_folder))[0], Job(length=64))
     told = capsys.readouterr().err
     assert "memory     0.0" in told and "weights" in told and "--plan" not in told
 
 
 def test_a_run_that_will_not_fit_is_sent_to_the_plan(capsys):
-    predict_run(TrainSettings(model="llama-3.2-3b", precision="nf4"), SMALL_MACHINE, every_token=False)
+    predict_run(TrainSettings(model="llama-3.2-3b", precision="nf4"), SMALL_MACHINE, labels=2)
     told = capsys.readouterr().err
     assert "more than this machine's 0.54 GB" in told and "--plan --model llama-3.2-3b" in told
 
 
 def test_what_cannot_be_planned_is_trained_without_a_prediction(tiny_folder, capsys):
     settings = TrainSettings(model=str(tiny_folder), precision="nf4", lora_variant="dora")
-    assert predict_run(settings, SMALL_MACHINE, every_token=False) is None
+    assert predict_run(settings, SMALL_MACHINE, labels=2) is None
     assert "not predicted: DoRA on quantized weights" in capsys.readouterr().err
 
 
 def test_a_wrong_flag_is_refused_before_training(tiny_folder):
     settings = TrainSettings(model=str(tiny_folder), precision="nf4", target_modules="query")
     with pytest.raises(UsageError, match="the model has no query"):
-        predict_run(settings, SMALL_MACHINE, every_token=False)
+        predict_run(settings, SMALL_MACHINE, labels=2)
 
 
 def test_a_run_reports_what_was_predicted_and_what_was_measured(trained):

@@ -1,0 +1,136 @@
+"""Several processes, one GPU each (torchrun, accelerate launch): who am I, and what do we agree on.
+
+Only the first one fetches, prints and writes. Nothing of torch is imported until the processes meet.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator
+
+import psutil
+
+from qlora.cli import note, require
+
+LONGEST_FETCH = datetime.timedelta(hours=3)  # the others wait while the first one downloads a model
+
+
+def rank() -> int:
+    """0 of the first process, and of the only one."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def local_rank() -> int:
+    """Number of this process on its machine: the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+def count() -> int:
+    return max(1, int(os.environ.get("WORLD_SIZE") or 1))
+
+
+def is_first() -> bool:
+    return rank() == 0
+
+
+def read_environment() -> None:
+    """Check what a launcher set, and drop what would change the run behind its settings' back.
+
+    Raises UsageError where a launcher was asked for several processes and started one: it would train with
+    another batch size than it was told.
+    """
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        value = os.environ.get(name) or "0"
+        require(value.isdigit() and int(value) < 100_000, f"{name}={value!r}: set by no launcher; unset it")
+    asked = asked_of_accelerate()
+    lost = f"accelerate launch was asked for {asked} processes and started one (it does with --cpu): use"
+    require(count() > 1 or asked < 2, f"{lost} torchrun --nproc_per_node {asked} qlora_finetune.py …")
+    require(rank() < count(), f"RANK={rank()} but WORLD_SIZE={count()}: unset them, or use a launcher")
+    for name in list(os.environ):  # accelerate would compute in another dtype, accumulate other steps, …
+        if name.startswith("ACCELERATE_"):
+            del os.environ[name]
+    if count() == 1:  # accelerate would wait for other processes
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+
+
+def asked_of_accelerate() -> int:
+    """The --num_processes of the `accelerate launch` that started this process; 0 if none did."""
+    with contextlib.suppress(psutil.Error):
+        words = psutil.Process().parent().cmdline()
+        if "launch" in words and any("accelerate" in word for word in words[: words.index("launch")]):
+            for word, value in zip(words, words[1:] + [""]):
+                name, _, given = word.partition("=")
+                if name in ("--num_processes", "--num-processes"):
+                    return int(given or value) if (given or value).isdigit() else 0
+    return 0
+
+
+def meet(device: str) -> None:
+    """Open the channel between the processes: NCCL between GPUs, gloo between CPUs."""
+    import torch
+    from accelerate import PartialState
+
+    if count() == 1:
+        if device == "cuda" and (gpus := torch.cuda.device_count()) > 1:
+            both = f"torchrun --nproc_per_node {gpus} qlora_finetune.py"
+            note(f"note       one of {gpus} GPUs is used; for all of them: {both}")
+        return
+    if device == "cuda":
+        torch.cuda.set_device(local_rank())
+    PartialState(cpu=device == "cpu", timeout=LONGEST_FETCH)
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if count() > 1:
+        import torch
+
+        torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def first_goes_first() -> Iterator[None]:
+    """The block runs in the first process of each machine, then in the others, which find what it fetched."""
+    if count() > 1 and local_rank() > 0:
+        wait()
+    yield
+    if count() > 1 and local_rank() == 0:
+        wait()
+
+
+def told_by_first(value):
+    """What the first process passed, in all of them."""
+    if count() == 1:
+        return value
+    import torch
+
+    told = [value]
+    torch.distributed.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def shared_out(rows: list, work: Callable[[list], list]) -> list:
+    """work(rows), each process doing every count()-th row; the whole result in all of them."""
+    if count() == 1:
+        return work(rows)
+    import torch
+
+    parts: list = [None] * count()
+    mine = rows[rank() :: count()]
+    torch.distributed.all_gather_object(parts, list(work(mine)) if mine else [])
+    whole: list = [None] * len(rows)
+    for number, part in enumerate(parts):
+        whole[number :: count()] = part
+    return whole
+
+
+def added_up(numbers: list[float], device) -> list[float]:
+    """The sums over all processes."""
+    if count() == 1:
+        return numbers
+    import torch
+
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(total)
+    return total.tolist()
