@@ -35,7 +35,7 @@ def build(
         [shutil.which("bash"), checkout / "llama.cpp" / "build.sh", *flags],
         capture_output=True,
         text=True,
-        env={**os.environ, "PATH": str(bin_folder), **env},
+        env={**os.environ, "PATH": str(bin_folder), "CUDA_HOME": "/nowhere", **env},
         timeout=60,
     )
 
@@ -103,7 +103,7 @@ def pretended(checkout) -> Path:
     )
     write(fake / "c++", "exit 0")
     write(fake / "python", "echo b1; echo model.gguf")
-    write(checkout / "step", "echo '[ 50%] Building'")
+    write(checkout / "step", "echo '-- OpenSSL found: 3.0.1'; echo '[ 50%] Building'")
     (checkout / "answer").write_text(" Paris.")
     return checkout
 
@@ -139,6 +139,7 @@ def test_a_build_that_answers_wrong_is_made_again_without_the_newest_instruction
     (pretended / "answer").write_text(" !!!!")
     write(
         pretended / "step",
+        "echo '-- OpenSSL found: 3.0.1'; "
         f"case $(cat {pretended}/called) in *NATIVE=OFF*) echo Paris > {pretended}/answer ;; esac",
     )
     done, called, proved = build_pretended(pretended)
@@ -153,3 +154,12 @@ def test_a_build_that_answers_wrong_is_made_again_without_the_newest_instruction
     write(pretended / "step", "exit 0")
     done, _, proved = build_pretended(pretended)
     assert done.returncode == 1 and "neither build" in done.stderr.splitlines()[-1] and proved is None
+
+
+def test_a_build_without_openssl_says_what_it_lacks_and_how_to_get_it(pretended):
+    write(pretended / "step", "echo 'CMake Warning: OpenSSL not found, HTTPS support disabled'")
+    done, _, proved = build_pretended(pretended)
+    assert done.returncode == 0, done.stderr
+    said = next(line for line in done.stderr.splitlines() if line.startswith("note: "))
+    assert "-hf" in said and "apt install libssl-dev" in said and "rm llama.cpp/build/*proved" in said
+    assert proved == ["cpu", "cpu, for this processor, without HTTPS"]
