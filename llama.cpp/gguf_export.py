@@ -26,7 +26,7 @@ from qlora.loading import load_tokenizer
 from qlora.merging import merge_into
 from qlora.prompts import sentiment_example, sentiment_messages
 from qlora.sources import check_folder, locate
-from settings import BIN, SOURCE, ExportSettings
+from settings import BIN, SOURCE, UNPROVED, ExportSettings, why_not_built
 
 IMATRIX_ROWS = 100  # training prompts that the importance matrix is made from
 
@@ -59,8 +59,9 @@ def read(s: ExportSettings) -> Adapter:
         note(f"note       {s.adapter} has no qlora.json: its base is looked up by name, {adapter.base_model}")
     if s.lora and (why := unfit_for_lora_file(adapter)):
         raise UserError(f"{name}: {why}; export it merged (leave --lora out)")
-    if not ((BIN / "llama-quantize").exists() and (SOURCE / "convert_hf_to_gguf.py").exists()):
-        raise UserError("llama.cpp is not built: run llama.cpp/build.sh first")
+    built = (BIN / "llama-quantize").exists() and (SOURCE / "convert_hf_to_gguf.py").exists()
+    if not built or UNPROVED.is_file():
+        raise UserError(why_not_built())
     return adapter
 
 

@@ -21,7 +21,7 @@ from qlora.hardware import return_freed_memory
 from qlora.loading import Base, load_tokenizer
 from qlora.logits import causal_lm
 from qlora.merging import merged_model
-from settings import BIN, FREE_PROMPTS, FREE_TOKENS, PROVED, ParitySettings
+from settings import BIN, FREE_PROMPTS, FREE_TOKENS, PROVED, ParitySettings, why_not_built
 
 TIMED = 32  # reviews on which prefill is timed
 SCALED_ROWS = 8  # reviews that are asked again with the adapter at other strengths
@@ -46,7 +46,7 @@ def read_questions(s: ParitySettings) -> tuple[Adapter, Questions]:
     if prompt is None or not prompt.asks:
         raise UsageError(f"{name}: parity is measured on labels, and this adapter was not trained on labels")
     if not (BIN / "llama-server").exists() or not PROVED.is_file():
-        raise UserError("llama.cpp is not built: run llama.cpp/build.sh first")
+        raise UserError(why_not_built())
     tokenizer = load_tokenizer(adapter.folder)
     if tokenizer.chat_template is None:
         raise UserError(

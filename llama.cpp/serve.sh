@@ -57,6 +57,8 @@ number --port "$port" 1 65535
 number --parallel "$parallel" 1 64
 number --ctx-size "$context" 16 1048576
 [ -x "$server" ] || fail "llama.cpp is not built: run llama.cpp/build.sh first"
+[ ! -f "$here/build/unproved" ] ||
+  fail "llama.cpp was built where no GPU was, and not tried yet: run llama.cpp/build.sh here first"
 
 # A Modelfile names what belongs together: base and adapter (Modelfile-lora), or the first type of a merged
 # model, on which an adapter would be applied twice.

@@ -7,6 +7,9 @@ from config import EVAL_SAMPLES
 
 HERE = Path(__file__).resolve().parent
 BIN, SOURCE, PROVED = HERE / "build" / "bin", HERE / "source", HERE / "build" / "proved"
+UNPROVED = (
+    HERE / "build" / "unproved"
+)  # instead of PROVED, where it was built for a GPU on a machine without one
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,13 @@ FREE_PROMPTS = (
     "Tell me a short story about a lighthouse keeper.",
 )
 FREE_TOKENS = 48  # tokens that each free prompt is continued by; decoding is timed on them
+
+
+def why_not_built() -> str:
+    """What to say where there is no build that can be used."""
+    if UNPROVED.is_file():
+        return "llama.cpp was built where no GPU was, and not tried yet: run llama.cpp/build.sh here first"
+    return "llama.cpp is not built: run llama.cpp/build.sh first"
 
 
 @dataclass

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "llama.cpp"))
 import export
 import gguf_export
 import gguf_files
+import settings
 from gguf_files import check_metadata
 from qlora.adapters import read_adapter
 from qlora.files import PART, SEAL
@@ -56,6 +57,15 @@ def test_without_the_tools_it_says_how_to_get_them(tmp_path, trained, monkeypatc
     with pytest.raises(UserError, match="build.sh"):
         export.main(["--adapter", str(trained), "--output-dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_build_for_a_gpu_is_tried_before_it_is_used(tmp_path, trained, monkeypatch):
+    """build.sh leaves this file where no GPU was, and takes it away where the build worked."""
+    (tmp_path / "unproved").write_text("cuda\n")
+    for module in (settings, gguf_export):
+        monkeypatch.setattr(module, "UNPROVED", tmp_path / "unproved")
+    with pytest.raises(UserError, match="not tried yet: run llama.cpp/build.sh here first"):
+        export.main(["--adapter", str(trained), "--output-dir", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize(

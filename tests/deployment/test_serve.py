@@ -235,6 +235,8 @@ def test_odd_names_are_served(pretended):
 def test_what_is_missing_is_one_line(pretended):
     shutil.rmtree(pretended / "gguf-out")
     assert "export.py --lora" in error(serve(pretended))
+    (pretended / "llama.cpp" / "build" / "unproved").write_text("cuda\n")
+    assert "not tried yet: run llama.cpp/build.sh here first" in error(serve(pretended))
     shutil.rmtree(pretended / "llama.cpp" / "build")
     assert "build.sh" in error(serve(pretended))
 
