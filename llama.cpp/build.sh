@@ -136,8 +136,9 @@ progress() { # one line that counts up: make prints "[ 42%]", ninja "[12/345]"
 need_gpu() { # CUDA programs that find no GPU go on without it, and the answer below would still be right
   local said
   said="$("$build/bin/llama-bench" --list-devices 2>&1)" && [[ "$said" == *CUDA0* ]] ||
-    fail "the programs find no GPU ($(grep -m1 -E 'shared lib|failed|none' <<<"$said" || echo "$said")): install \
-a newer driver, or what is missing$(! holds "$unproved" || echo ", or rm ${unproved#"$root/"} to build here")"
+    fail "the programs find no GPU ($(grep -m1 -E 'shared lib|failed|none' <<<"${said//  /}" || echo silent)): \
+install a newer driver, or what is missing\
+$(! holds "$unproved" || echo ", or rm ${unproved#"$root/"} to build here")"
 }
 
 # A few tokens at Q8_0, where the native build crashes on some processors; prints them. The answer has to be
