@@ -34,6 +34,7 @@ MODELS = {
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
     "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
     "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
+    "llama-3.1-70b": "meta-llama/Llama-3.1-70B-Instruct",
     "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
 }
 
@@ -215,6 +216,8 @@ class DemoSettings(ModelSettings):
     # Only this part: will it fit? Bytes of training (of --batch-size rows of --max-length tokens), inference
     # and merging, counted without loading anything.
     plan: bool = False
+    # --plan: also what training takes on so many GPUs, with a copy each (DDP) or the base sharded (FSDP).
+    gpus: int = 1
     # Only this part: precisions side by side, as many as this hardware runs, or those named: fp32 bf16 fp16
     # int8 fp4 nf4 nf4-dq torchao-int8wo torchao-int8dyn torchao-int4wo torchao-fp8.
     compare: Optional[tuple[str, ...]] = None

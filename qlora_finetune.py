@@ -7,6 +7,7 @@ Writes into --output-dir (qlora-out): the adapter in PEFT's format, its prompt (
 report.md, curves.png and a model card. Then: python qlora_inference.py "your review"
 """
 
+import contextlib
 import dataclasses
 import shlex
 from collections.abc import Sequence
@@ -32,14 +33,14 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
     global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, plan, prompts
-    global report, sources, BeforeAfter, QLoRATrainer
+    global report, sharding, sources, BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
 
     from qlora import adapters, batches, data, fast, files, hardware, hub, loading, lora, prompts, sources
     from qlora.memory import plan
-    from qlora.training import guards, report
+    from qlora.training import guards, report, sharding
     from qlora.training.before_after import BeforeAfter
     from qlora.training.trainer import QLoRATrainer
 
@@ -70,6 +71,8 @@ def train(run) -> None:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,  # the block constants are quantized too: 4.127 instead of 4.5 bits
         bnb_4bit_compute_dtype=machine.dtype,
+        # Sharded (FSDP), the packed weights have to look like the others of their layer.
+        bnb_4bit_quant_storage=machine.dtype if processes.is_sharded() else torch.uint8,
     )
     nf4 = four_bit if s.precision == "nf4" else None  # other precisions: the table in config.py
     base = loading.load_base(s.model, s.precision, machine, run.revision, nf4)
@@ -99,6 +102,8 @@ def train(run) -> None:
     )
     model = get_peft_model(base.model, config)
     lora.show_trainable(model)
+    if processes.is_sharded():
+        sharding.shard_base(model, machine.own)
     note(f"kernels    {fast.make_fast(model)}")
     if s.gradient_checkpointing:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -112,13 +117,15 @@ def train(run) -> None:
     guards.check_training(healthy, [step["loss"] for step in trainer.history], measured["applied_updates"])
 
     # 4. Save; score the same rows again; write the record. (Of several processes the first writes.)
-    if processes.is_first():
-        with files.scratch(run.out) as aside:
+    with files.scratch(run.out) if processes.is_first() else contextlib.nullcontext() as aside:
+        aside = processes.told_by_first(aside)
+        if processes.is_first():
             save_adapter(aside, model, base, prompt, s)
-            guards.check_end(healthy, model, examples, machine.autocast, (aside, frozen))
+        processes.wait()
+        guards.check_end(healthy, model, examples, machine.autocast, (aside, frozen))
+        processes.wait()
+        if processes.is_first():
             files.publish_sealed(aside, run.out)
-    else:
-        guards.base_unchanged(healthy, frozen, model)
     processes.wait()
     note(f"guards     all {len(healthy.results)} held")
     evaluation = comparison.score_after(model, before)

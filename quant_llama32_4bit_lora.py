@@ -178,7 +178,7 @@ def show_plan(s: DemoSettings, machine) -> dict:
         result["course"] = plan.footprints(shapes.model_config(COURSE_MODEL)[0])
         print('  the model of many courses, quoted at 12.9, 3.6 and 2.2 GB, or at "1.6 GB, 8 times smaller":')
         plan.show_footprints(COURSE_MODEL, result["course"])
-    result |= plan.make_plan(config, plan.training_job(s, machine), machine)
+    result |= plan.make_plan(config, plan.training_job(s, machine), machine, s.gpus)
     plan.show_plan(result, config)
     return result
 

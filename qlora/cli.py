@@ -22,6 +22,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         ("samples", "eval_samples", "grad_accum", "save_steps", "max_new_tokens"),
         (lambda n: 1 <= n <= 10**9, "must be from 1 to 1,000,000,000"),
     ),
+    "gpus": (lambda n: 1 <= n <= 1024, "must be from 1 to 1,024"),
     "batch_size": (lambda n: 1 <= n <= 100_000, "must be from 1 to 100,000"),
     "lora_r": (lambda n: 1 <= n <= 1 << 16, "must be from 1 to 65,536"),
     "lora_alpha": (lambda n: 0 < n <= 10**6, "must be from 1 to 1,000,000"),

@@ -48,7 +48,7 @@ def score_answers(base, model, prompt: p.PromptFormat, prompts: Ids, title: str)
     Several processes share the prompts out, and all of them get all scores.
     """
     answers = [p.answer_ids(base.tokenizer, prompt, label) for label in range(len(prompt.answers))]
-    with progress(-(-len(prompts) // processes.count()), title) as step:
+    with progress(len(processes.my_share(prompts)), title) as step:
         return np.array(
             processes.shared_out(
                 prompts, lambda mine: list(score_labels(model, mine, answers, base.hardware.autocast, step))
@@ -120,7 +120,7 @@ def perplexity(model, examples: list[dict], autocast, progress=lambda n: None) -
     device = next(model.parameters()).device
     model.eval()
     total, tokens = 0.0, 0
-    mine = examples[processes.rank() :: processes.count()]
+    mine = processes.my_share(examples)
     with autocast():
         for batch in _by_length([e["input_ids"] for e in mine], 0, device.type):
             inputs = collate([mine[i] for i in batch], 0)
@@ -129,6 +129,7 @@ def perplexity(model, examples: list[dict], autocast, progress=lambda n: None) -
             total += model(input_ids=ids, labels=labels, num_items_in_batch=1).loss.item()
             tokens += int((labels[:, 1:] != IGNORE).sum())
             progress(len(batch))
-    total, tokens = processes.added_up([total, tokens], device)
+    if not processes.is_sharded():
+        total, tokens = processes.added_up([total, tokens], device)
     mean = total / tokens
     return {"perplexity": math.exp(mean), "loss": mean, "tokens": int(tokens), "rows": len(examples)}

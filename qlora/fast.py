@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora.logits import causal_lm, loss_at_labels
+from qlora.processes import is_sharded
 from qlora.weights import dequantized
 
 # Longest row whose attention matrix is made in full: it grows as the square, and the blocked kernel wins.
@@ -166,7 +167,7 @@ def make_fast(model) -> str:
     loss_at_labels(lm)
     if lm.device.type == "cuda" and not has_flash(torch.cuda.get_device_capability(lm.device), lm.dtype):
         return repeat_keys(lm)
-    if lm.device.type != "cpu" or lm.dtype != torch.bfloat16:
+    if lm.device.type != "cpu" or lm.dtype != torch.bfloat16 or is_sharded():
         return "the libraries' own"
     matrices, size = speed_up_base(lm)
     speed_up_lora(model)

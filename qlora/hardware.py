@@ -12,7 +12,7 @@ import torch
 from config import PRECISIONS
 from qlora.cli import UserError, note
 from qlora.cuda import find_trouble
-from qlora.processes import count, local_rank
+from qlora.processes import count, is_sharded, local_rank
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,12 @@ class Hardware:
 
     @property
     def place(self) -> str:
-        """The device by name and number, as torch and transformers take it."""
+        """Where weights are loaded to; a base that one GPU can't hold is sharded from the CPU."""
+        return "cpu" if is_sharded() else self.own
+
+    @property
+    def own(self) -> str:
+        """This process's device, as torch takes it."""
         return self.device if self.device == "cpu" else f"cuda:{local_rank()}"
 
     def autocast(self):

@@ -152,7 +152,8 @@ def refuse_broken_weights(name: str, model) -> None:
         if key in shapes and found != tuple(shapes[key]):
             wanted = f"config.json says {tuple(shapes[key])}"
             raise UserError(f"{name}: {key} has the shape {found}, {wanted}; fetch both again")
-        for tensor in plain_tensors(parameter):
+        # What is packed into 4 bits is stored as numbers of some dtype, and is none of them.
+        for tensor in plain_tensors(parameter if state is None else state):
             if tensor.is_floating_point() and not all(end.isfinite() for end in tensor.aminmax()):
                 raise UserError(f"{name}: NaN or infinity in {key}; fetch it again")
 

@@ -33,6 +33,14 @@ def is_first() -> bool:
     return rank() == 0
 
 
+_sharded = False
+
+
+def is_sharded() -> bool:
+    """Whether `accelerate launch` was given FSDP: the base is shared out (qlora/training/sharding.py)."""
+    return _sharded and count() > 1
+
+
 def read_environment() -> None:
     """Check what a launcher set, and drop what would change the run behind its settings' back.
 
@@ -42,12 +50,14 @@ def read_environment() -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         value = os.environ.get(name) or "0"
         require(value.isdigit() and int(value) < 100_000, f"{name}={value!r}: set by no launcher; unset it")
+    global _sharded
+    _sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     asked = asked_of_accelerate()
     lost = f"accelerate launch was asked for {asked} processes and started one (it does with --cpu): use"
     require(count() > 1 or asked < 2, f"{lost} torchrun --nproc_per_node {asked} qlora_finetune.py …")
     require(rank() < count(), f"RANK={rank()} but WORLD_SIZE={count()}: unset them, or use a launcher")
     for name in list(os.environ):  # accelerate would compute in another dtype, accumulate other steps, …
-        if name.startswith("ACCELERATE_"):
+        if name.startswith(("ACCELERATE_", "FSDP_")):
             del os.environ[name]
     if count() == 1:  # accelerate would wait for other processes
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
@@ -110,14 +120,19 @@ def told_by_first(value):
     return told[0]
 
 
+def my_share(rows: list) -> list:
+    """Every count()-th row; all of them with a sharded base, where all make the same forward passes."""
+    return rows if is_sharded() else rows[rank() :: count()]
+
+
 def shared_out(rows: list, work: Callable[[list], list]) -> list:
-    """work(rows), each process doing every count()-th row; the whole result in all of them."""
-    if count() == 1:
+    """work(rows), each process doing its share; the whole result in all of them."""
+    if count() == 1 or is_sharded():
         return work(rows)
     import torch
 
     parts: list = [None] * count()
-    mine = rows[rank() :: count()]
+    mine = my_share(rows)
     torch.distributed.all_gather_object(parts, list(work(mine)) if mine else [])
     whole: list = [None] * len(rows)
     for number, part in enumerate(parts):

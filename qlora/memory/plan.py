@@ -89,8 +89,8 @@ def predict_run(settings, hardware: Hardware, labels: int | None) -> dict | None
     return predicted
 
 
-def make_plan(config, job: Job, hardware: Hardware) -> dict:
-    """Predictions for `job` on this machine, and verdicts for CARDS."""
+def make_plan(config, job: Job, hardware: Hardware, gpus: int = 1) -> dict:
+    """Predictions for `job` on this machine, and verdicts for CARDS, `gpus` of each."""
     training, usable = predict(predict_training, config, job), capacity(hardware)
     twice = training_peak(config, job, batch_size=2 * job.batch_size)
     verdict, _ = judge(job, usable, training["peak"], twice)
@@ -107,6 +107,7 @@ def make_plan(config, job: Job, hardware: Hardware) -> dict:
             "remedies": [] if verdict["fits"] else remedies(config, job, usable),
         },
         "cards": cards(config, job),
+        "several": several_cards(config, job, gpus) if gpus > 1 else [],
     }
 
 
@@ -118,6 +119,27 @@ def judge(job: Job, usable: float, peak: int, twice: int) -> tuple[dict, float]:
     more = (usable - peak) / (twice - peak)
     largest = max(0, job.batch_size + math.floor(more * job.batch_size))
     return {"capacity": usable, "fits": peak <= usable, "largest_batch": largest}, more
+
+
+def on_several(config, job: Job, gpus: int) -> dict:
+    """Bytes at the peak on each of `gpus` cards: `ddp` with a whole copy each, `fsdp` with the base sharded.
+
+    DDP keeps the gradients once more, for sending. FSDP holds its part of each decoder layer, and two layers
+    gathered: the one that is computed and the one that comes next. Embeddings, head and adapters stay whole.
+    """
+    whole = predict(predict_training, config, job)
+    layers = config.num_hidden_layers
+    outside = predict_weights_outside_layers(config, job)
+    of_layers = whole["weights"] - outside
+    ddp = whole["peak"] + whole["adapters"]
+    held = of_layers // gpus + 2 * of_layers // layers if gpus > 1 else of_layers
+    return {"gpus": gpus, "ddp": ddp, "fsdp": ddp - of_layers + held, "held_by_fsdp": held + outside}
+
+
+def predict_weights_outside_layers(config, job: Job) -> int:
+    """Bytes of embeddings, head and norm: what the base would hold without its layers."""
+    two, three = (step.weights_bytes(step.first_layers(config, n), job) for n in (2, 3))
+    return two - 2 * (three - two)
 
 
 def outside_linear(config) -> int:
@@ -134,12 +156,9 @@ def cards(config, job: Job) -> list[dict]:
     No kernel that a GPU takes here keeps anything that grows with the square of the length. So the peak is a
     straight line in the number of tokens, and two predictions give both.
     """
-    # 16 or 32 bits that were asked for are computed in on any card. Else fp16 needs as many bytes as bf16.
-    named = isinstance(PRECISIONS[job.precision], str)
-    dtype = job.dtype if named else torch.bfloat16
     rows, peaks = [], {}
     for name, (mebibytes, capability) in CARDS.items():
-        gpu = replace(job, device="cuda", dtype=dtype, capability=capability)
+        gpu = on_card(job, capability)
         kind = gpu.attention, gpu.cublas_workspace
         if kind not in peaks:
             peaks[kind] = [training_peak(config, gpu, batch_size=n * job.batch_size) for n in (1, 2)]
@@ -147,10 +166,35 @@ def cards(config, job: Job) -> list[dict]:
         length = max(0, job.length + math.floor(more * job.length))
         length -= length % PAD_MULTIPLE  # rows are padded to it
         length = min(length, getattr(config, "max_position_embeddings", length))
+        named = isinstance(PRECISIONS[job.precision], str)
         computes = job.precision if named else "bf16" if capability >= (8, 0) else "fp16"
         attends = "flash" if gpu.attention is step.flash_attention else "efficient"
         what = {"card": name, "dtype": computes, "attention": attends, "peak": peaks[kind][0]}
         rows.append({**what, **verdict, "largest_length": length})
+    return rows
+
+
+def on_card(job: Job, capability: tuple[int, int]) -> Job:
+    """`job` on a card of this compute capability.
+
+    16 or 32 bits that were asked for are computed in on any card. Else fp16 needs as many bytes as bf16.
+    """
+    named = isinstance(PRECISIONS[job.precision], str)
+    dtype = job.dtype if named else torch.bfloat16
+    return replace(job, device="cuda", dtype=dtype, capability=capability)
+
+
+def several_cards(config, job: Job, gpus: int) -> list[dict]:
+    """Per kind of card, for `gpus` of them: peak on each with DDP and with FSDP, and whether they fit."""
+    rows, peaks = [], {}
+    for name, (mebibytes, capability) in CARDS.items():
+        gpu = on_card(job, capability)
+        kind = gpu.attention, gpu.cublas_workspace
+        if kind not in peaks:
+            peaks[kind] = on_several(config, gpu, gpus)
+        usable, each = mebibytes * 2**20 - CUDA_RESERVE, peaks[kind]
+        fits = {f"{how}_fits": each[how] <= usable for how in ("ddp", "fsdp")}
+        rows.append({"card": name, "capacity": usable, **each, **fits})
     return rows
 
 
@@ -251,8 +295,26 @@ def show_plan(plan: dict, config) -> None:
     ]
     headers = ("card", "computes in", "attention", "usable GB", "peak GB", "verdict", batch, length)
     print(table(headers, rows, left=2, indent=4))
+    if plan["several"]:
+        show_several(plan["several"])
     allowance = f"{CUDA_RESERVE / 2**30:.1f} GiB for CUDA itself, an allowance"
     print(f"    usable: what the driver reports less {allowance}. fp16: the T4 has no bf16 arithmetic.")
+
+
+def show_several(rows: list[dict]) -> None:
+    gpus = rows[0]["gpus"]
+    print(f"  the same on {gpus} GPUs, each with its own rows: GB on each of them")
+    shown = [
+        (r["card"], gb(r["capacity"]), gb(r["ddp"]), FITS[r["ddp_fits"]], gb(r["fsdp"]), FITS[r["fsdp_fits"]])
+        for r in rows
+    ]
+    headers = ("card", "usable GB", "DDP: a copy each", "verdict", "FSDP: base sharded", "verdict")
+    print(table(headers, shown, left=1, indent=4))
+    print(f"    DDP: torchrun --nproc_per_node {gpus} qlora_finetune.py …")
+    print(
+        "    FSDP: accelerate launch --config_file configs/fsdp_qlora.yaml qlora_finetune.py …; it also takes"
+    )
+    print("    the whole 4-bit base in the computer's memory, once for each GPU, while it loads")
 
 
 def what_it_takes(plan: dict, config) -> list[tuple]:

@@ -146,7 +146,7 @@ def predict(what, config, job: Job) -> dict:
     layers = config.num_hidden_layers
     if layers <= 3 or not _alike(config.to_json_string(use_diff=False), type(config)):
         return what(config, job)
-    two, three = (what(_first_layers(config, n), job) for n in (2, 3))
+    two, three = (what(first_layers(config, n), job) for n in (2, 3))
     return {kind: two[kind] + (three[kind] - two[kind]) * (layers - 2) for kind in two}
 
 
@@ -155,11 +155,11 @@ def _alike(config_json: str, kind: type) -> bool:
     config = kind(**json.loads(config_json))
     if len(set(getattr(config, "layer_types", None) or ())) > 1:  # sliding and full attention in turn, say
         return False
-    two, three = (parameters(_first_layers(config, n)) for n in (2, 3))
+    two, three = (parameters(first_layers(config, n)) for n in (2, 3))
     return parameters(config) == two + (three - two) * (config.num_hidden_layers - 2)
 
 
-def _first_layers(config, layers: int):
+def first_layers(config, layers: int):
     shallow = copy.deepcopy(config)
     shallow.num_hidden_layers = layers
     if getattr(shallow, "layer_types", None):

@@ -208,6 +208,7 @@ def frozen_hash(model) -> str:
 
 
 def _bytes(tensor: torch.Tensor):
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of a sharded one, this part
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
 
 

@@ -29,7 +29,7 @@ from qlora.memory.plan import (
 from qlora.memory.step import (
     CUDA_BLOCK,
     Job,
-    _first_layers,
+    first_layers,
     predict,
     predict_inference,
     predict_merge,
@@ -184,7 +184,7 @@ def test_a_t4_is_planned_with_the_kernel_that_it_has():
     kept = {}
     for capability in ((7, 5), (8, 0)):
         job = Job(device="cuda", dtype=torch.float16, length=512, capability=capability)
-        kept[capability] = predict_training(_first_layers(config, 2), job)["activations"]
+        kept[capability] = predict_training(first_layers(config, 2), job)["activations"]
     # 2 layers x 4 rows x 512 tokens x (k and v) x (32 - 8 heads) x 64 x 2 bytes; a seed and an offset a layer
     assert kept[7, 5] - kept[8, 0] == 2 * 4 * 512 * 2 * 24 * 64 * 2 + 2 * 2 * CUDA_BLOCK
     rows = {row["card"]: row["attention"] for row in cards(config, Job())}
