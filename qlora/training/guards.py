@@ -216,7 +216,8 @@ def _gradients(model, batch, autocast) -> dict[str, torch.Tensor]:
     """Gradient of each trained matrix, of B only while B is zero (A's gradient is zero then)."""
     model.train()
     model.zero_grad(set_to_none=True)
-    with torch.random.fork_rng(), autocast():
+    device = batch["input_ids"].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast():
         torch.manual_seed(0)  # the same dropout both times
         loss = model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
     (loss * 1024).backward()  # so that fp16 gradients do not underflow; the scale drops out of the comparison

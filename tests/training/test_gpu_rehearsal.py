@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import here
+from conftest import ROOT, here
 
 from config import BUNDLED
 from qlora import hardware
@@ -108,6 +110,17 @@ def test_accumulation_checkpointing_resume_and_merge(dtype, tiny_folder, tmp_pat
         done = here("qlora_inference.py", "--adapter", whole, "--merge", merged)
         assert done.returncode == 0, done.stderr
     assert (merged / "model.safetensors").exists()
+
+
+def test_no_tensor_is_made_on_the_wrong_device():
+    """Guards, training, scores and generation on a device that refuses tensors of the CPU."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/training/on_card.py"], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("4 guards, loss ") and lines[0].endswith("5 replies on card:0")
+    assert lines[1] == "aten::add: tensors on card:0 and on cpu in one operator"  # it would have been seen
 
 
 @pytest.mark.slow

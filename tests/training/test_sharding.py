@@ -1,4 +1,4 @@
-"""A 4-bit base shared out between processes trains the adapter that a whole one trains, over gloo on a CPU."""
+"""A 4-bit base shared out between processes trains the adapter that a whole one trains (gloo, CPU)."""
 
 import os
 
