@@ -5,7 +5,7 @@ import torch
 
 from qlora import prompts as p
 from qlora.cli import UsageError, UserError, note
-from qlora.conversations import chat_example
+from qlora.conversations import chat_examples
 from qlora.data import Row
 from qlora.logits import IGNORE
 
@@ -13,19 +13,24 @@ from qlora.logits import IGNORE
 def encode_rows(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -> list[dict]:
     """[{input_ids, labels}]; `what` names the rows in messages.
 
-    Rows that can't be shortened and exceed max_length are skipped, and a note says how many.
+    Rows that can't be shortened and exceed max_length are skipped, and a note says how many. A conversation
+    can become several rows.
     """
 
     encode = {
-        "sentiment": lambda row: p.sentiment_example(tokenizer, prompt, row.text, row.label),
-        "lm": lambda row: p.lm_example(tokenizer, row.text, prompt.max_length),
-        "chat": lambda row: chat_example(tokenizer, row.messages, prompt.max_length),
+        "sentiment": lambda row: [p.sentiment_example(tokenizer, prompt, row.text, row.label)],
+        "lm": lambda row: [p.lm_example(tokenizer, row.text, prompt.max_length)],
+        "chat": lambda row: chat_examples(tokenizer, row.messages, prompt.max_length),
     }[prompt.objective]
     try:
-        made = [dict(zip(("input_ids", "labels"), encode(row))) for row in rows]
+        examples = [encode(row) for row in rows]
+        made = [dict(zip(("input_ids", "labels"), example)) for each in examples for example in each]
     except jinja2.TemplateError as error:  # many templates raise where the roles do not alternate
         refusal = f"this model's chat template refuses a {what} row ({error})"
         raise UserError(f"{refusal}; do its roles alternate, user first?") from None
+    if len(made) > len(rows):
+        note(f"note       {len(rows)} {what} conversations became {len(made)} rows: the chat template writes")
+        note("           earlier turns differently, so that each such reply needs a row with its own prompt")
     kept = [e for e in made if len(e["input_ids"]) <= prompt.max_length]
     if not kept:
         shortest = min(len(e["input_ids"]) for e in made)

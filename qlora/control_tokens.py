@@ -7,6 +7,7 @@ apply_chat_template(..., sanitize_control_tokens=True); its functions are used h
 replies keep the tokens of thoughts and tool calls, and a tokenizer needs no chat template.
 """
 
+import datetime
 import functools
 import re
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from qlora.cli import UserError
 
 # Llama 3's template writes today's date unless it is given one: every day would be another prompt.
 TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024"}
+# SmolLM3's and Granite's ask a clock instead, which no program but this one can set.
+CLOCK = datetime.datetime(2024, 7, 26)
 
 # Tokens that a reply writes itself, by their names: <think>, [TOOL_CALLS], <|python_tag|>. They end no turn.
 REPLY_TOKENS = re.compile("think|thought|tool.?call|python_tag", re.IGNORECASE)
@@ -42,10 +45,19 @@ class ControlTokens(NamedTuple):
         return self.replies if message["role"] == "assistant" else self.messages
 
 
-def written(tokenizer, messages: Sequence[dict], add_generation_prompt: bool) -> str:
+def template_variables(thinking: bool = False) -> dict:
+    """What a chat template is given besides the messages; fit for JSON, so that llama-server gets the same.
+
+    Most templates that can switch thoughts off call it enable_thinking, and think where nothing is said.
+    """
+    return {**TEMPLATE_VARIABLES, "enable_thinking": thinking, "thinking": thinking}
+
+
+def written(tokenizer, messages: Sequence[dict], add_generation_prompt: bool, thinking: bool = False) -> str:
     """The conversation as the chat template writes it."""
     options = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
-    return tokenizer.apply_chat_template(messages, **TEMPLATE_VARIABLES, **options)
+    options |= {**template_variables(thinking), "strftime_now": CLOCK.strftime}
+    return tokenizer.apply_chat_template(messages, **options)
 
 
 @functools.lru_cache

@@ -3,57 +3,63 @@
 import re
 from collections.abc import Sequence
 
-from qlora.cli import UserError
 from qlora.control_tokens import encode, end_ids, end_pattern, marked
 from qlora.logits import IGNORE
 from qlora.prompts import encode_talk, layout, turn_ids
+from qlora.thoughts import BEGIN, END, thinks
 
-# Stand around each reply while its place is looked for: private characters that no template writes.
-BEGIN, END = "\ue001", "\ue002"
 Spans = list[tuple[int, int]]
+Example = tuple[list[int], list[int]]  # input ids, and labels that are IGNORE but for replies
 
 
-def chat_example(tokenizer, messages: Sequence[dict], max_length: int | None = None) -> tuple[list, list]:
-    """(input ids, labels) of a conversation up to its last reply; labels are IGNORE but for the replies.
+def chat_examples(tokenizer, messages: Sequence[dict], max_length: int | None = None) -> list[Example]:
+    """[(input ids, labels)] of a conversation up to its last reply.
 
-    One that is longer than `max_length` is going to be skipped: its replies are not looked for. Raises
-    UserError where the chat template writes earlier turns differently once others follow.
+    One example holds all replies, unless the chat template writes earlier turns differently once others
+    follow (see examples_by_turn). A conversation that is longer than `max_length` is going to be skipped: its
+    replies are not looked for.
     """
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not replies:
-        return [], []
+        return [([], [])]
     talk, has_marks = marked(tokenizer, messages[: replies[-1] + 1])
     asked, reply = turn_ids(tokenizer, talk, has_marks)
-    ids = asked + reply
-    if max_length is not None and len(ids) > max_length:
-        return ids, [IGNORE] * len(ids)
-    spans = spans_at_once(tokenizer, talk, has_marks, asked, ids) if len(replies) > 1 else []
+    ids, labels = asked + reply, [IGNORE] * len(asked) + reply
+    if len(replies) == 1 or max_length is not None and len(ids) > max_length:
+        return [(ids, labels)]
+    spans = spans_at_once(tokenizer, talk, has_marks, asked, ids)
     if spans is None:
-        spans = spans_by_turn(tokenizer, talk, has_marks, ids)
-    labels = [IGNORE] * len(asked) + reply
+        return examples_by_turn(tokenizer, talk, has_marks)
     for start, stop in spans:
         labels[start:stop] = ids[start:stop]
-    return ids, labels
+    return [(ids, labels)]
 
 
-def spans_by_turn(tokenizer, talk: Sequence[dict], has_marks: bool, ids: list[int]) -> Spans:
-    """(start, stop) of each reply but the last in `ids`; the conversation is written anew up to each."""
-    spans = []
-    for i, message in enumerate(talk[:-1]):
+def examples_by_turn(tokenizer, talk: Sequence[dict], has_marks: bool) -> list[Example]:
+    """An example for each reply, with the prompt that stands before it at run time.
+
+    A reply that stands unchanged in the next one's prompt is learned there. Qwen3 takes thoughts out of
+    earlier turns: a conversation of three replies becomes three examples. The conversation is written anew
+    up to each reply.
+    """
+    examples: list[Example] = []
+    for i, message in enumerate(talk):
         if message["role"] != "assistant":
             continue
         asked, reply = turn_ids(tokenizer, talk[: i + 1], has_marks)
-        if ids[: len(asked) + len(reply)] != asked + reply:
-            raise UserError("this chat template rewrites earlier turns: train on single-turn rows")
-        spans.append((len(asked), len(asked) + len(reply)))
-    return spans
+        labels = [IGNORE] * len(asked) + reply
+        if examples and asked[: len(examples[-1][0])] == examples[-1][0]:
+            before = examples.pop()[1]
+            labels[: len(before)] = before
+        examples.append((asked + reply, labels))
+    return examples
 
 
 def spans_at_once(tokenizer, talk: Sequence[dict], has_marks: bool, asked: list, ids: list) -> Spans | None:
-    """The same from the whole conversation's text, in time that grows with its length.
+    """(start, stop) of each reply but the last in `ids`, in time that grows with the conversation's length.
 
-    None where that may differ: if prompts_of_replies() finds none, or if they are split otherwise in their
-    place. `asked`: the last prompt's ids.
+    None where examples_by_turn() may find others: if prompts_of_replies() finds none, or if they are split
+    otherwise in their place. `asked`: the last prompt's ids.
     """
     ends = end_ids(tokenizer)
     prompts, end = prompts_of_replies(tokenizer, talk)
@@ -77,9 +83,15 @@ def prompts_of_replies(tokenizer, talk: Sequence[dict]) -> tuple[list[str], str]
     ([], "") unless the template leaves the replies as they are and puts the same around each of them.
     """
     replies = [i for i, m in enumerate(talk) if m["role"] == "assistant"]
-    parts = re.split(f"[{BEGIN}{END}]", layout(tokenizer, [framed(m) for m in talk], False))
+    thinking = thinks(talk[-1])
+
+    def text_of(messages: Sequence[dict], add_generation_prompt: bool) -> str:
+        return layout(tokenizer, messages, add_generation_prompt, thinking)
+
+    parts = re.split(f"[{BEGIN}{END}]", text_of([framed(m) for m in talk], False))
     as_they_are = parts[1::2] == [talk[i]["content"].rstrip() for i in replies]
-    if not as_they_are or "".join(parts) != layout(tokenizer, talk, False):
+    one_mode = all(thinks(talk[i]) == thinking for i in replies)
+    if not (as_they_are and one_mode) or "".join(parts) != text_of(talk, False):
         return [], ""
     before, after = [parts[0]], []
     for part in parts[2::2]:
@@ -88,8 +100,10 @@ def prompts_of_replies(tokenizer, talk: Sequence[dict]) -> tuple[list[str], str]
             return [], ""
         after.append(part[: end.end()].lstrip())  # a reply's own white space may come first
         before.append(part[end.end() :])
-    first = layout(tokenizer, talk[: replies[0]], True)
-    opening = first.removeprefix(layout(tokenizer, talk[: replies[0]], False))  # the generation prompt
+    first, without = (text_of(talk[: replies[0]], flag) for flag in (True, False))
+    if not first.startswith(without):
+        without = without.removesuffix(tokenizer.eos_token)  # Phi's closes the text with it
+    opening = first.removeprefix(without)  # the generation prompt
     lead = parts[0].removeprefix(first)  # Mistral's: a space before a given reply, not before a new one
     alike = len(set(after)) == 1 and all(text.endswith(opening + lead) for text in before[:-1])
     if not alike or not parts[0].startswith(first):

@@ -30,13 +30,21 @@ def hidden_states(model, input_ids, **kwargs):
     return getattr(lm, lm.base_model_prefix)(input_ids=input_ids, **kwargs)
 
 
+def logits_of(lm, hidden) -> torch.Tensor:
+    """Logits in fp32 of hidden states, as the model's own forward makes them: the head, and Gemma 2's cap."""
+    logits = lm.get_output_embeddings()(hidden)
+    if cap := getattr(lm.config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits.float()
+
+
 @torch.no_grad()
 def last_logits(model, input_ids, autocast) -> torch.Tensor:
     """Logits (batch, vocabulary) in fp32 after each row's last position, in evaluation mode."""
     model.eval()
     with autocast():
         hidden = hidden_states(model, input_ids, use_cache=False).last_hidden_state[:, -1]
-        return causal_lm(model).get_output_embeddings()(hidden).float()
+        return logits_of(causal_lm(model), hidden)
 
 
 def labelled_positions(hidden, labels):
@@ -56,7 +64,7 @@ def loss_at_labels(lm, pick=labelled_positions) -> None:
     transformers' own logits_to_keep takes the same positions for every row and keeps all of an `lm` row's
     logits. `pick` is another function where shapes have to be known before there are labels (memory/step.py).
     """
-    original, head = lm.forward, lm.get_output_embeddings()
+    original = lm.forward
 
     def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
         if labels is None:
@@ -65,16 +73,16 @@ def loss_at_labels(lm, pick=labelled_positions) -> None:
         hidden = hidden_states(self, input_ids, use_cache=False, **kwargs).last_hidden_state
         picked, targets = pick(hidden, labels)
         chunks = zip(picked.split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS))
-        total = sum(_chunk_loss(head, h, t) for h, t in chunks)
+        total = sum(_chunk_loss(self, h, t) for h, t in chunks)
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 
     lm.forward = types.MethodType(forward, lm)
 
 
-def _chunk_loss(head, hidden, targets):
+def _chunk_loss(lm, hidden, targets):
     def loss(hidden, targets):
-        return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+        return F.cross_entropy(logits_of(lm, hidden), targets, reduction="sum")
 
     # Full chunks (objective lm) are recomputed in the backward pass instead of kept.
     if hidden.shape[0] == CHUNK_POSITIONS and torch.is_grad_enabled():

@@ -15,8 +15,9 @@ import jinja2
 
 from config import SENTIMENT_ANSWERS, SENTIMENT_QUESTION, SENTIMENT_SYSTEM
 from qlora.cli import UserError, require
-from qlora.control_tokens import encode, end_ids, marked, message_ids, text_ids, written
+from qlora.control_tokens import encode, end_ids, end_pattern, marked, message_ids, text_ids, written
 from qlora.logits import IGNORE
+from qlora.thoughts import BEGIN, END, THINK, empty_thought, thinks
 
 Examples = Sequence[tuple[str, int]]  # (text, label) for a few-shot prompt
 
@@ -31,6 +32,8 @@ class PromptFormat:
     system: str = ""
     user: str = "{text}"
     answers: tuple[str, ...] = ()
+    # Whether replies began with thoughts: the template's switch, where it has one, stands so when it is used.
+    thinking: bool = False
 
     @property
     def asks(self) -> bool:
@@ -59,16 +62,20 @@ def clean(text: str) -> str:
     return text.replace("<br />", "\n").strip()
 
 
-def render(tokenizer, messages: Sequence[dict], add_generation_prompt: bool) -> list[int]:
+def render(
+    tokenizer, messages: Sequence[dict], add_generation_prompt: bool, thinking: bool = False
+) -> list[int]:
     """Token ids of a conversation by the tokenizer's chat template; a plain layout where it has none."""
     talk, has_marks = marked(tokenizer, messages)
-    return encode_talk(tokenizer, layout(tokenizer, talk, add_generation_prompt), has_marks)
+    return encode_talk(tokenizer, layout(tokenizer, talk, add_generation_prompt, thinking), has_marks)
 
 
-def layout(tokenizer, messages: Sequence[dict], add_generation_prompt: bool) -> str:
+def layout(tokenizer, messages: Sequence[dict], add_generation_prompt: bool, thinking: bool = False) -> str:
     """The text of a conversation; what marked() marked stays so."""
-    if tokenizer.chat_template is not None:
-        return written(tokenizer, arranged(tokenizer, messages), add_generation_prompt)
+    if (template := tokenizer.chat_template) is not None:
+        text = written(tokenizer, arranged(tokenizer, messages), add_generation_prompt, thinking)
+        asks_for_reply = add_generation_prompt and not thinking
+        return text + empty_thought(tokenizer, template) if asks_for_reply else text
     end = tokenizer.eos_token
     parts = [f"Answer: {m['content']}{end}" if m["role"] == "assistant" else m["content"] for m in messages]
     return "\n\n".join([*parts, "Answer:"] if add_generation_prompt else parts)
@@ -104,7 +111,9 @@ def takes_system(template: str) -> bool:
         after = written(plain, [*asked, {"role": "assistant", "content": "REPLY"}], False)
     except jinja2.TemplateError:
         return False
-    return "SYSTEM" in before and after.startswith(before)
+    # What follows the two may differ: DeepSeek-R1's prompt ends with <think>, which a given reply lacks.
+    kept = before[: max(before.rfind(word) + len(word) for word in ("SYSTEM", "USER"))]
+    return "SYSTEM" in before and after.startswith(kept)
 
 
 def sentiment_messages(prompt: PromptFormat, text: str, examples: Examples = ()) -> list[dict]:
@@ -178,18 +187,37 @@ def turn_ids(tokenizer, talk: Sequence[dict], has_marks: bool) -> tuple[list[int
     since one in the reply's text is marked. The line break that some templates print after it is left out: at
     run time generation has stopped before it.
     """
-    prompt, whole = layout(tokenizer, talk[:-1], True), layout(tokenizer, talk, False)
+    thinking = thinks(talk[-1])
+    prompt, whole = layout(tokenizer, talk[:-1], True, thinking), layout(tokenizer, talk, False, thinking)
     asked, told = (encode_talk(tokenizer, text, has_marks) for text in (prompt, whole))
     added, ends = told[len(asked) :], end_ids(tokenizer)
     if told[: len(asked)] != asked:
         # Without a special token between them, prompt and reply share a token (": " + "No" -> ":", " No").
         # Generation starts after the prompt's own tokens, so that is where the reply's tokens begin.
         before, after = tokenizer.decode(asked), tokenizer.decode(told)
-        if not (after.startswith(before) and (whole.startswith(prompt) or not has_marks)):
-            raise UserError("this chat template does not continue its own prompt: labels can't be placed")
-        added = encode(tokenizer, whole[len(prompt) :] if has_marks else after[len(before) :], has_marks)
+        if after.startswith(before) and (whole.startswith(prompt) or not has_marks):
+            text = whole[len(prompt) :] if has_marks else after[len(before) :]
+        else:
+            text = given_reply(tokenizer, talk, prompt, thinking)
+        added = encode(tokenizer, text, has_marks)
     stop = next((i for i, token in enumerate(added) if token in ends), None)
     return asked, [*added, tokenizer.eos_token_id] if stop is None else added[: stop + 1]
+
+
+def given_reply(tokenizer, talk: Sequence[dict], prompt: str, thinking: bool) -> str:
+    """The last reply and its end, where the template leaves out of the talk what its prompt says.
+
+    DeepSeek-R1's opens a thought in the prompt and writes none in front of a reply that is there.
+    """
+    reply = talk[-1]["content"].strip()
+    framed = {**talk[-1], "content": BEGIN + "x" + END}
+    _, found, rest = layout(tokenizer, [*talk[:-1], framed], False, thinking).partition(END)
+    end = end_pattern(tokenizer).search(rest)
+    if not (found and end):
+        raise UserError("this chat template does not continue its own prompt: labels can't be placed")
+    if prompt.rstrip().endswith(THINK):
+        reply = reply.removeprefix(THINK).lstrip("\n")
+    return reply + rest[: end.end()]
 
 
 def sentiment_example(tokenizer, prompt: PromptFormat, text: str, label: int) -> tuple[list[int], list[int]]:
