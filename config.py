@@ -25,17 +25,29 @@ MODELS_DIR = ROOT / "models"
 
 BUNDLED = "smollm2-135m"
 
-# --model NAME -> hub id. Llama is gated: its licence has to be accepted on the hub first.
+# --model NAME -> hub id. Llama and Gemma are gated: their licences have to be accepted on the hub first.
 MODELS = {
     BUNDLED: "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "llama-3.1-70b": "meta-llama/Llama-3.1-70B-Instruct",
     "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B-Instruct",
     "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B-Instruct",
     "qwen2.5-3b": "Qwen/Qwen2.5-3B-Instruct",
-    "llama-3.1-70b": "meta-llama/Llama-3.1-70B-Instruct",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B-Instruct",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-1.7b": "Qwen/Qwen3-1.7B",
+    "qwen3-4b": "Qwen/Qwen3-4B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+    "gemma-2-2b": "google/gemma-2-2b-it",
+    "gemma-3-1b": "google/gemma-3-1b-it",
     "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
+    "phi-3.5-mini": "microsoft/Phi-3.5-mini-instruct",
+    "deepseek-coder-1.3b": "deepseek-ai/deepseek-coder-1.3b-instruct",
 }
 
 # --model auto on a GPU: the first one whose training step fits, by the memory plan.

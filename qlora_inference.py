@@ -147,7 +147,8 @@ def to_ids(s: InferSettings, adapter, base, text: str) -> list[int]:
     if prompt and prompt.objective == "lm":
         ids = prompts.text_ids(base.tokenizer, text)
     else:
-        ids = prompts.render(base.tokenizer, [{"role": "user", "content": text}], True)
+        thinking = bool(prompt and prompt.thinking)
+        ids = prompts.render(base.tokenizer, [{"role": "user", "content": text}], True, thinking)
     if len(ids) + s.max_new_tokens > base.context_length:
         both = f"the prompt's {len(ids)} tokens and --max-new-tokens {s.max_new_tokens}"
         raise UserError(f"{both} are over the {base.context_length} that the model reads; lower one of them")

@@ -20,8 +20,9 @@ from qlora.cli import UserError
 
 # Llama 3's template writes today's date unless it is given one: every day would be another prompt.
 TEMPLATE_VARIABLES = {"date_string": "26 Jul 2024"}
-# SmolLM3's and Granite's ask a clock instead, which no program but this one can set.
-CLOCK = datetime.datetime(2024, 7, 26)
+# SmolLM3's and Granite's ask a clock instead.
+TODAY = datetime.date(2024, 7, 26)
+CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 # Tokens that a reply writes itself, by their names: <think>, [TOOL_CALLS], <|python_tag|>. They end no turn.
 REPLY_TOKENS = re.compile("think|thought|tool.?call|python_tag", re.IGNORECASE)
@@ -56,8 +57,14 @@ def template_variables(thinking: bool = False) -> dict:
 def written(tokenizer, messages: Sequence[dict], add_generation_prompt: bool, thinking: bool = False) -> str:
     """The conversation as the chat template writes it."""
     options = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
-    options |= {**template_variables(thinking), "strftime_now": CLOCK.strftime}
+    options |= {"chat_template": dated(tokenizer.chat_template), **template_variables(thinking)}
     return tokenizer.apply_chat_template(messages, **options)
+
+
+@functools.lru_cache
+def dated(template: str) -> str:
+    """A template that asks no clock: '{{ strftime_now("%Y") }}' -> "{{ '2024' }}" """
+    return CLOCK.sub(lambda match: repr(TODAY.strftime(match[2])), template)
 
 
 @functools.lru_cache

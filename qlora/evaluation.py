@@ -13,7 +13,7 @@ from qlora import processes
 from qlora import prompts as p
 from qlora.batches import collate
 from qlora.cli import progress
-from qlora.logits import IGNORE, causal_lm, hidden_states, logits_of
+from qlora.logits import IGNORE, causal_lm, hidden_states, logits_from
 from qlora.measures import wilson
 
 # Tokens per evaluation batch: enough to fill a CPU's or a GPU's matrix units, little enough for any memory.
@@ -83,7 +83,7 @@ def _log_p(model, prompts: Ids, answer: list[int], wanted: list[int], autocast, 
             for place, i in enumerate(batch):
                 start = len(prompts[i]) - 1 - prefix
                 end = start + max(1, len(answer))
-                logs = logits_of(lm, out.last_hidden_state[place, start:end]).log_softmax(-1)
+                logs = logits_from(lm, out.last_hidden_state[place, start:end]).log_softmax(-1)
                 result[i] = logs[list(range(len(answer))) or 0, wanted].cpu().numpy()
             progress(len(batch))
     return np.array(result)

@@ -30,7 +30,7 @@ def hidden_states(model, input_ids, **kwargs):
     return getattr(lm, lm.base_model_prefix)(input_ids=input_ids, **kwargs)
 
 
-def logits_of(lm, hidden) -> torch.Tensor:
+def logits_from(lm, hidden) -> torch.Tensor:
     """Logits in fp32 of hidden states, as the model's own forward makes them: the head, and Gemma 2's cap."""
     logits = lm.get_output_embeddings()(hidden)
     if cap := getattr(lm.config, "final_logit_softcapping", None):
@@ -44,7 +44,7 @@ def last_logits(model, input_ids, autocast) -> torch.Tensor:
     model.eval()
     with autocast():
         hidden = hidden_states(model, input_ids, use_cache=False).last_hidden_state[:, -1]
-        return logits_of(causal_lm(model), hidden)
+        return logits_from(causal_lm(model), hidden)
 
 
 def labelled_positions(hidden, labels):
@@ -82,7 +82,7 @@ def loss_at_labels(lm, pick=labelled_positions) -> None:
 
 def _chunk_loss(lm, hidden, targets):
     def loss(hidden, targets):
-        return F.cross_entropy(logits_of(lm, hidden), targets, reduction="sum")
+        return F.cross_entropy(logits_from(lm, hidden), targets, reduction="sum")
 
     # Full chunks (objective lm) are recomputed in the backward pass instead of kept.
     if hidden.shape[0] == CHUNK_POSITIONS and torch.is_grad_enabled():

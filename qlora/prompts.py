@@ -7,6 +7,7 @@ Texts come from outside. A control token in one of them ("<|im_end|>" in a revie
 only the template begins and ends turns (qlora/control_tokens.py).
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,12 @@ def choose_format(objective: str, kind: str, answers: tuple, max_length: int, qu
     asked = question or (SENTIMENT_QUESTION if reviews else f"Which label fits: {', '.join(answers)}?")
     user = asked if "{text}" in asked else "{text}\n\n" + asked
     return PromptFormat("sentiment", max_length, SENTIMENT_SYSTEM if reviews else "", user, answers)
+
+
+def with_thoughts(prompt: PromptFormat, rows: Sequence) -> PromptFormat:
+    """The format of a chat run on `rows`: where replies bring thoughts, thinking stays on when it is used."""
+    thinking = any(thinks(message) for row in rows for message in row.messages)
+    return dataclasses.replace(prompt, thinking=thinking)
 
 
 def clean(text: str) -> str:
@@ -191,11 +198,12 @@ def turn_ids(tokenizer, talk: Sequence[dict], has_marks: bool) -> tuple[list[int
     prompt, whole = layout(tokenizer, talk[:-1], True, thinking), layout(tokenizer, talk, False, thinking)
     asked, told = (encode_talk(tokenizer, text, has_marks) for text in (prompt, whole))
     added, ends = told[len(asked) :], end_ids(tokenizer)
-    if told[: len(asked)] != asked:
+    opened = thinking and prompt.rstrip().endswith(THINK)  # the reply goes on inside the thought
+    if opened or told[: len(asked)] != asked:
         # Without a special token between them, prompt and reply share a token (": " + "No" -> ":", " No").
         # Generation starts after the prompt's own tokens, so that is where the reply's tokens begin.
         before, after = tokenizer.decode(asked), tokenizer.decode(told)
-        if after.startswith(before) and (whole.startswith(prompt) or not has_marks):
+        if not opened and after.startswith(before) and (whole.startswith(prompt) or not has_marks):
             text = whole[len(prompt) :] if has_marks else after[len(before) :]
         else:
             text = given_reply(tokenizer, talk, prompt, thinking)
@@ -212,12 +220,12 @@ def given_reply(tokenizer, talk: Sequence[dict], prompt: str, thinking: bool) ->
     reply = talk[-1]["content"].strip()
     framed = {**talk[-1], "content": BEGIN + "x" + END}
     _, found, rest = layout(tokenizer, [*talk[:-1], framed], False, thinking).partition(END)
-    end = end_pattern(tokenizer).search(rest)
-    if not (found and end):
+    if not found:
         raise UserError("this chat template does not continue its own prompt: labels can't be placed")
     if prompt.rstrip().endswith(THINK):
         reply = reply.removeprefix(THINK).lstrip("\n")
-    return reply + rest[: end.end()]
+    end = end_pattern(tokenizer).search(rest)
+    return reply + (rest[: end.end()] if end else rest)
 
 
 def sentiment_example(tokenizer, prompt: PromptFormat, text: str, label: int) -> tuple[list[int], list[int]]:

@@ -34,8 +34,7 @@ def empty_thought(tokenizer, template: str) -> str:
         whole = written(tokenizer, [*asked, {"role": "assistant", "content": BEGIN}], False)
     except jinja2.TemplateError:  # it takes no such talk
         return ""
-    before = whole.partition(BEGIN)[0]
-    if before.startswith(prompt):
-        added = before.removeprefix(prompt)
-        return added if added.strip() else ""
-    return f"\n{ANSWER}\n\n" if prompt.rstrip().endswith(THINK) else ""
+    added = whole.partition(BEGIN)[0].removeprefix(prompt) if whole.startswith(prompt) else ""
+    if (prompt + added).rstrip().endswith(THINK):
+        added += f"\n{ANSWER}\n\n"
+    return added if added.strip() else ""

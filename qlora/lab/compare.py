@@ -20,7 +20,7 @@ from qlora.generation import generate
 from qlora.hardware import Hardware, detect, return_freed_memory
 from qlora.lab.compare_pictures import FOUR_BIT, findings, show_header, show_rows
 from qlora.lab.precisions import default_precisions, emulated, load, load_source
-from qlora.logits import hidden_states, logits_of
+from qlora.logits import hidden_states, logits_from
 from qlora.measures import kl_nats, most_values_in_32, relative_error
 from qlora.weights import dequantized, held_bytes, linear_layers
 
@@ -166,7 +166,7 @@ def read(model, text: torch.Tensor, reference: list) -> tuple[float, np.ndarray,
         hidden = hidden_states(model, row[None]).last_hidden_state[0]
         wait()
         seconds.append(time.perf_counter() - started)
-        log_p = logits_of(model, hidden).log_softmax(-1)
+        log_p = logits_from(model, hidden).log_softmax(-1)
         if not log_p.isfinite().all():
             raise UserError("its logits are not finite")
         nats.append(-log_p[:-1].gather(1, row[1:, None])[:, 0].double().cpu().numpy())

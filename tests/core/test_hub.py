@@ -168,7 +168,7 @@ def test_paths_that_look_like_hub_ids(hub):
 
 def test_a_model_that_does_not_exist(hub):
     said = the_error(snapshot_of(hub, "nobody/nothing"))
-    assert "the hub has no model 'nobody/nothing'" in said and "presets: smollm2-135m, llama-3.2-1b" in said
+    assert "the hub has no model 'nobody/nothing'" in said and "presets: smollm2-135m, smollm2-360m" in said
 
 
 def test_an_unreachable_hub(unreachable):

@@ -9,12 +9,25 @@ from qlora.shapes import SHAPES, model_config, skeleton
 
 PUBLISHED = {  # parameters, as the safetensors files on the hub hold them
     "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "smollm3-3b": 3_075_098_624,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.2-3b": 3_212_749_824,
     "llama-3.1-8b": 8_030_261_248,
     "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
     "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-3-1b": 999_885_952,
     "mistral-7b": 7_248_023_552,
+    "phi-3.5-mini": 3_821_079_552,
+    "deepseek-coder-1.3b": 1_346_471_936,
 }
 
 
