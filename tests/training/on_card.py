@@ -1,8 +1,8 @@
 """A pretended accelerator: tensors that say that they are on `card:0`, and refuse to meet those of the CPU.
 
 They hold CPU tensors inside (torch's registration of a backend in Python makes the device known). Run as a
-program, it trains, judges, scores and generates there with this repository's functions: a tensor that was made
-on the wrong device stops it, as a GPU would. test_gpu_rehearsal.py starts it.
+program, it trains, judges, scores and generates there with this repository's functions: a tensor that was
+made on the wrong device stops it, as a GPU would. test_gpu_rehearsal.py starts it.
 """
 
 from contextlib import nullcontext
