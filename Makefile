@@ -34,6 +34,10 @@ results: .venv/installed  ## measure again (several hours; all but the longer ru
 	$(BIN)/python benchmarks/faults.py --cost
 	$(BIN)/python benchmarks/injection.py
 	$(BIN)/python quant_llama32_4bit_lora.py --output-dir $(RESULTS)/lab >$(RESULTS)/lab/demo.txt 2>&1
+	$(BIN)/python benchmarks/rehearsal.py
+	$(BIN)/python quant_llama32_4bit_lora.py --plan --gpus 2 --model llama-3.1-70b --batch-size 1 \
+	  --gradient-checkpointing --output-dir quant-out-70b
+	cp quant-out-70b/quantization.json $(RESULTS)/plan_70b.json
 	$(MAKE) run >$(RESULTS)/default_run.log 2>&1
 	cp qlora-out/report.json $(RESULTS)/default_run.json
 	$(BIN)/python quant_llama32_4bit_lora.py --ledger --adapter qlora-out --output-dir quant-out \

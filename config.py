@@ -109,13 +109,14 @@ Device = Literal["auto", "cuda", "cpu"]
 
 @dataclass
 class ModelSettings:
-    # Preset, hub id, local folder or .gguf file. auto: Llama 3.2 on a GPU, else the bundled SmolLM2-135M.
+    # Preset, hub id, local folder or .gguf file. auto: on a GPU Llama 3.2 (Qwen2.5 without access to it),
+    # else the bundled SmolLM2-135M.
     model: str = "auto"
     # auto: an NVIDIA GPU if one can be used, else the CPU. cuda: refuse to run without one.
     device: Device = "auto"
     # Tokens per row, prompt and answer together; longer reviews keep their end, where the verdict stands.
     max_length: int = 256
-    # Rows per step on the device. Small batches make more updates of the same rows, and fit into 3 GB.
+    # Rows per step on each device. Small batches make more updates of the same rows, and fit into 3 GB.
     batch_size: int = 4
     # Recompute activations in the backward pass: a quarter slower on a CPU, far less memory.
     gradient_checkpointing: bool = False

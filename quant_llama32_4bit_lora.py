@@ -127,7 +127,9 @@ def choose_model(asked: DemoSettings):
     hardware.show(machine)
     model, why = asked.model, "given"
     if model == "auto":
-        model, why = hub.or_ungated(*plan.default_model(machine, plan.training_job(asked, machine)))
+        model, why = plan.default_model(machine, plan.training_job(asked, machine))
+        if set(chosen_parts(asked)) - {"plan", "ledger"}:  # those read no weights
+            model, why = hub.or_ungated(model, why)
     note(f"model      {model} ({why})")
     if "plan" in chosen_parts(asked):
         step.refuse_other_kinds(shapes.model_config(model)[0])

@@ -53,15 +53,13 @@ def or_ungated(preset: str, why: str) -> tuple[str, str]:
 
 
 def is_refused(hub_id: str) -> bool:
-    """Whether the hub says that this account (or none) may not have a gated model that is not cached."""
+    """Whether the hub refuses this account (or none) a gated model; raises UserError for other reasons."""
     try:
-        with asking(hub_id, "model"):
-            from huggingface_hub import auth_check, try_to_load_from_cache
-
-            if not isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
-                auth_check(hub_id)
-    except UserError as error:  # anything else is told when the model is fetched
-        return " is gated: " in str(error)
+        config_file(hub_id)
+    except UserError as error:
+        if " is gated: " not in str(error):
+            raise
+        return True
     return False
 
 

@@ -111,9 +111,10 @@ class BeforeAfter:
     def _fingerprint(self, train_rows: list[Row]) -> str:
         """sha256 of what a run asks and of whom: scores of one run say nothing about another."""
         rows = [[(row.text, row.label) for row in part] for part in (train_rows, self.held_out)]
-        return hashlib.sha256(
-            json.dumps([asdict(self.prompt), self.base.info.revision, rows]).encode()
-        ).hexdigest()
+        prompt = asdict(self.prompt)
+        if not self.prompt.thinking:  # as it was before there was the setting
+            del prompt["thinking"]
+        return hashlib.sha256(json.dumps([prompt, self.base.info.revision, rows]).encode()).hexdigest()
 
 
 def shortest(tokenizer, rows: list[Row], count: int) -> list[tuple[str, int]]:

@@ -157,6 +157,24 @@ def test_a_gated_model_with_a_token_that_was_not_granted(hub):
     assert "closed/model is gated" in the_error(snapshot_of({**hub, "HF_TOKEN": "hf_no"}, "closed/model"))
 
 
+DEFAULT = "from qlora.hub import or_ungated; print(or_ungated('llama-3.2-1b', 'it fits'))"
+
+
+@pytest.mark.parametrize("token", ["", "hf_no"])
+def test_a_default_that_is_gated_gives_way_to_an_open_model_and_says_so(hub, token):
+    done = ask({**hub, "HF_TOKEN": token}, DEFAULT)
+    assert done.returncode == 0 and done.stdout.strip() == str(
+        ("qwen2.5-1.5b", "ungated; llama-3.2-1b is not")
+    )
+    assert "meta-llama/Llama-3.2-1B-Instruct is gated and this account has no access" in done.stderr
+    assert "Qwen/Qwen2.5-1.5B-Instruct instead" in done.stderr and "hf auth login" in done.stderr
+
+
+def test_a_default_from_an_unreachable_hub_is_an_error_with_a_way_out(unreachable):
+    said = the_error(ask({**unreachable, "HF_HUB_OFFLINE": "1"}, DEFAULT))
+    assert "can't be reached" in said and "--model smollm2-135m" in said
+
+
 def test_an_expired_token(hub):
     assert "hf auth login" in the_error(snapshot_of({**hub, "HF_TOKEN": "hf_old"}, "expired/model"))
 

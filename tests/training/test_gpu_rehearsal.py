@@ -3,43 +3,18 @@ autocast (Ampere and later). Only the device and the kernels differ from the rea
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
-from unittest.mock import patch
 
 import pytest
 import torch
 from conftest import ROOT, here
+from rehearsal import playing
 
 from config import BUNDLED
-from qlora import hardware
-from qlora.training.trainer import QLoRATrainer
 
 SMALL = ("--samples", 48, "--eval-samples", 8, "--max-length", 96, "--save-steps", 4)
-
-
-@contextlib.contextmanager
-def playing(dtype: torch.dtype, scale: float = 65536.0):
-    """This CPU computes as a card does in `dtype`: fp32 adapters, autocast, in fp16 a scaler from `scale`."""
-    card = hardware.Hardware("cpu", "a CPU that plays a card", dtype, "as on a card", 15.0)
-    mixed = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    begin = QLoRATrainer.__init__
-
-    def with_autocast(self, *args, **kwargs):
-        begin(self, *args, **kwargs)
-        self.accelerator.state._mixed_precision, self.accelerator.native_amp = mixed, True
-        self.accelerator.scaler = torch.amp.GradScaler("cpu", scale) if mixed == "fp16" else None
-
-    with (
-        patch.object(hardware, "_detect", lambda device: card),
-        patch.object(hardware.Hardware, "autocast", lambda self: torch.autocast("cpu", dtype=dtype)),
-        patch.object(QLoRATrainer, "__init__", with_autocast),
-        patch("qlora.fast.speed_up_base", lambda lm: (0, 0)),  # the CPU's own path is not what a card takes
-        patch("qlora.fast.speed_up_lora", lambda model: None),
-    ):
-        yield
 
 
 def train(model, out, *flags):
@@ -127,7 +102,8 @@ def test_no_tensor_is_made_on_the_wrong_device():
 def test_the_bundled_model_trains_in_fp16_at_batch_two(tmp_path):
     """Scale 65536 overflows twice at the start: this run was killed at its third step."""
     with playing(torch.float16):
-        done, report = train(BUNDLED, tmp_path / "run", "--batch-size", 2, "--max-steps", 8)
+        flags = ("--batch-size", 2, "--max-steps", 8, "--eval-samples", 2, "--max-length", 64)
+        done, report = train(BUNDLED, tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr
     assert 0 < report["train"]["applied_updates"] < 8
     assert report["train"]["loss_last"] < report["train"]["loss_first"]
