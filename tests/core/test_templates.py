@@ -25,7 +25,7 @@ from qlora.data import Row
 from qlora.fast import make_fast
 from qlora.generation import generate
 from qlora.hardware import Hardware
-from qlora.logits import IGNORE, last_logits
+from qlora.logits import IGNORE, hidden_states, last_logits, logits_from
 from qlora.lora import lora_config
 from qlora.measures import relative_error
 from qlora.merging import merged_model
@@ -207,6 +207,10 @@ def test_a_model_learns_a_conversation_by_heart_stops_and_is_merged(name, texts,
     model = get_peft_model(base.model, lora_config(base.model, TrainSettings(lora_r=8)))
     make_fast(model)
     examples = [dict(zip(("input_ids", "labels"), pair)) for pair in chat_examples(base.tokenizer, TALK[:4])]
+    ids = torch.tensor([examples[-1]["input_ids"]])
+    with torch.no_grad():
+        own, hidden = base.model(input_ids=ids).logits, hidden_states(model, ids).last_hidden_state
+    assert torch.equal(own.float(), logits_from(base.model, hidden))  # Gemma 2 caps them
     healthy = guards.Guards()
     frozen = guards.check_start(healthy, model, examples, machine.autocast, "lora")
     learn_by_heart(model, examples, most_steps=200)
