@@ -81,6 +81,8 @@ def train(run) -> None:
     lora.refuse_broken_dora(base.model, s.lora_variant)
     note(f"weights    {base.model.get_memory_footprint() / 1e6:.0f} MB as {s.precision}")
     prompt = prompts.choose_format(s.objective, found.kind, found.answers, s.max_length, s.question)
+    if found.kind == "chat":
+        prompt = prompts.with_thoughts(prompt, rows)
     examples = batches.encode_rows(base.tokenizer, prompt, rows, "training")
     if found.kind == "chat":  # only now is it known how many tokens of a row are trained on
         predicted = plan.predict_run(s, machine, batches.most_labels(examples))

@@ -150,6 +150,7 @@ def add(file: Path, s: ExportSettings, adapter: Adapter, **what) -> Path:
     size, bits = size_of(GGUFReader(file), file)
     if what["kind"] != "base":
         what["messages"] = example_messages(adapter)
+        what["thinking"] = bool(adapter.prompt and adapter.prompt.thinking)
     place(file, s.output_dir, adapter, what)
     note(f"written    {s.output_dir / file.name} ({size / 1e6:.1f} MB, {bits:.2f} bits per weight)")
     return s.output_dir / file.name
@@ -209,8 +210,11 @@ def llama_cli_flags(adapter: Adapter) -> str:
     *system, user = example_messages(adapter)
     words = ["-sys", system[0]["content"]] if system else []
     # Llama 3's template writes today's date unless it is given one; training gave it this one.
-    if "date_string" in (load_tokenizer(adapter.folder).chat_template or ""):
+    template = load_tokenizer(adapter.folder).chat_template or ""
+    if "date_string" in template:
         words += ["--chat-template-kwargs", json.dumps(TEMPLATE_VARIABLES)]
+    if "enable_thinking" in template and not (adapter.prompt and adapter.prompt.thinking):
+        words += ["--reasoning", "off"]
     return shlex.join([*words, "-st", "--temp", "0", "-p", user["content"]])
 
 

@@ -73,7 +73,7 @@ class Server:
     def __init__(self, model: Path, loras: Sequence[Path] = (), context: int = 1024):
         self.command = [str(BIN / "llama-server"), "-m", str(model), "-c", str(context), "--parallel", "1"]
         self.command += ["--host", "127.0.0.1", "--offline", "--no-ui", "--cache-ram", "0"]
-        self.command += ["--chat-template-kwargs", json.dumps(TEMPLATE_VARIABLES)]
+        self.command += ["--chat-template-kwargs", json.dumps(TEMPLATE_VARIABLES), "--reasoning", "off"]
         if loras:  # quoted: a path may hold a comma
             self.command += ["--lora", ",".join(f'"{lora}"' for lora in loras)]
 

@@ -3,7 +3,7 @@
 import os
 
 from qlora.cli import UserError
-from qlora.control_tokens import TEMPLATE_VARIABLES
+from qlora.control_tokens import template_variables
 from qlora.prompts import takes_system
 
 # Stand for each turn's text, in private characters that no template writes.
@@ -53,7 +53,7 @@ def go_template(tokenizer) -> str:
 def written(tokenizer, turns: list[tuple[str, str]]) -> str:
     """A conversation as text, without the BOS that the tokenizer adds by itself."""
     messages = [{"role": role, "content": content} for role, content in turns]
-    options = {"tokenize": False, "add_generation_prompt": True, **TEMPLATE_VARIABLES}
+    options = {"tokenize": False, "add_generation_prompt": True, **template_variables()}
     text = tokenizer.apply_chat_template(messages, **options)
     return text.removeprefix(tokenizer.bos_token) if adds_bos(tokenizer) else text
 

@@ -88,6 +88,7 @@ for file in "$model" ${adapters[@]+"${adapters[@]}"}; do
 done
 kind="$(recorded "$model" kind)"
 messages="$(recorded "${adapters[0]:-$model}" messages)"
+thinking="$(recorded "${adapters[0]:-$model}" thinking)"
 [ "$kind" != '"merged"' ] || [ ${#adapters[@]} = 0 ] ||
   fail "$model has its adapter merged in, which would be applied twice: serve it alone, or name the base" 2
 loras=()
@@ -133,6 +134,8 @@ args=(
   # Llama 3's template writes today's date unless it is given that of training (TEMPLATE_VARIABLES).
   --chat-template-kwargs '{"date_string": "26 Jul 2024"}'
 )
+# Models that can think do so on a server unless told otherwise; training, on replies without thoughts, did not.
+[ "$thinking" = true ] || args+=(--reasoning off)
 # In this release a slot keeps the keys and values of its last prompt when its adapter is switched: the answer
 # would be neither the base's nor the adapter's. So each prompt is read anew.
 [ ${#loras[@]} = 0 ] || args+=(--no-cache-prompt)

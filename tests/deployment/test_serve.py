@@ -123,6 +123,11 @@ def test_the_date_in_a_template_is_that_of_the_training(pretended):
     assert json.loads(words[words.index("--chat-template-kwargs") + 1]) == TEMPLATE_VARIABLES
 
 
+def test_thoughts_are_off_unless_the_adapter_was_trained_on_them(pretended):
+    words = started(pretended)
+    assert words[words.index("--reasoning") + 1] == "off"
+
+
 def test_the_key_is_in_no_argument_and_nothing_comes_from_the_environment(pretended):
     words = started(
         pretended,
