@@ -62,8 +62,9 @@ def first_line(error: Exception) -> str:
 
 
 def speaks() -> bool:
-    """Whether this process prints: of several (torchrun), the first does."""
-    return os.environ.get("RANK", "0") in ("", "0")
+    """Whether this process prints: of several that a launcher started, the first does."""
+    number = os.environ.get("RANK", "")
+    return not (number.isdigit() and number.strip("0") and "MASTER_ADDR" in os.environ)
 
 
 def note(text: str = "") -> None:

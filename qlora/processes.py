@@ -14,26 +14,26 @@ from qlora.cli import note, require
 
 LONGEST_FETCH = datetime.timedelta(hours=3)  # the others wait while the first one downloads a model
 
+_launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # as read_environment() found it
+_sharded = False
+
 
 def rank() -> int:
     """0 of the first process, and of the only one."""
-    return int(os.environ.get("RANK") or 0)
+    return _launched["RANK"]
 
 
 def local_rank() -> int:
     """Number of this process on its machine: the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK") or 0)
+    return _launched["LOCAL_RANK"]
 
 
 def count() -> int:
-    return max(1, int(os.environ.get("WORLD_SIZE") or 1))
+    return _launched["WORLD_SIZE"]
 
 
 def is_first() -> bool:
     return rank() == 0
-
-
-_sharded = False
 
 
 def is_sharded() -> bool:
@@ -44,23 +44,30 @@ def is_sharded() -> bool:
 def read_environment() -> None:
     """Check what a launcher set, and drop what would change the run behind its settings' back.
 
-    Raises UsageError where a launcher was asked for several processes and started one: it would train with
-    another batch size than it was told.
+    Only training asks: whoever does not call this is alone. Raises UsageError where a launcher was asked for
+    several processes and started one: it would train with another batch size than it was told.
     """
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        value = os.environ.get(name) or "0"
-        require(value.isdigit() and int(value) < 100_000, f"{name}={value!r}: set by no launcher; unset it")
-    global _sharded
-    _sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    global _launched, _sharded
+    given = {name: os.environ.get(name) or "0" for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    for name, value in given.items():
+        number = value.isascii() and value.isdigit() and len(value) < 6
+        require(number, f"{name}={value[:20]!r} was set by no launcher: unset it")
+    number, several = int(given["RANK"]), max(1, int(given["WORLD_SIZE"]))
     asked = asked_of_accelerate()
     lost = f"accelerate launch was asked for {asked} processes and started one (it does with --cpu): use"
-    require(count() > 1 or asked < 2, f"{lost} torchrun --nproc_per_node {asked} qlora_finetune.py …")
-    require(rank() < count(), f"RANK={rank()} but WORLD_SIZE={count()}: unset them, or use a launcher")
+    require(several > 1 or asked < 2, f"{lost} torchrun --nproc_per_node {asked} qlora_finetune.py …")
+    missing = [n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]
+    alone = f"WORLD_SIZE={several} but no {', '.join(missing)}: unset it, or use torchrun"
+    require(several == 1 or not missing, alone)
+    require(number < several, f"RANK={number} but WORLD_SIZE={several}: unset them, or use torchrun")
+    _sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    _launched = {name: int(value) for name, value in given.items()} | {"WORLD_SIZE": several}
     for name in list(os.environ):  # accelerate would compute in another dtype, accumulate other steps, …
         if name.startswith(("ACCELERATE_", "FSDP_")):
             del os.environ[name]
-    if count() == 1:  # accelerate would wait for other processes
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    if several == 1:  # accelerate would wait for other processes
+        _launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+        for name in given:
             os.environ.pop(name, None)
 
 

@@ -22,6 +22,7 @@ from qlora.batches import LengthBatches
 from qlora.cli import UsageError
 
 BOUND = 8 * 5e-4 * 1e-3
+MEETING = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node")
 # 30 rows in batches of 4: two rows of the last one are blank, one process's share.
 SMALL = ("--samples", 30, "--eval-samples", 7, "--max-length", 96, "--precision", "fp32", "--save-steps", 3)
@@ -134,7 +135,9 @@ def test_a_launcher_that_starts_one_process_for_two_is_refused(tiny_folder, tmp_
     "given, fault",
     [
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two'"),
-        ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK=3 but WORLD_SIZE=2"),
+        ({"RANK": "3", "WORLD_SIZE": "2", **MEETING}, "RANK=3 but WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 but no RANK, LOCAL_RANK"),
+        ({"LOCAL_RANK": "1" * 5000}, "set by no launcher"),
     ],
 )
 def test_an_odd_environment_is_refused(monkeypatch, given, fault):
