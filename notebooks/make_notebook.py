@@ -34,8 +34,8 @@ own.
   and Internet on; one of the two GPUs is used.
 - Without a GPU it runs as well, with the small model that comes from the package index.
 - All cells can be run again: a finished training is not repeated, a stopped one goes on where it was.
-- Times in the texts were measured {where}, with the bundled model: {total} in all. **On a T4 the notebook
-  was not run yet, so there is no time for it.**
+- **On a T4 the notebook was not run yet, so there are no times for it.** Those in the texts were measured
+  with the bundled model {where}: {total} in all.
 """
 
 SETTINGS = """
@@ -62,7 +62,7 @@ REPOSITORY_TEXT = """
 ## The repository
 
 Uses the copy that the notebook lies in. Elsewhere, in Colab for instance, it clones `REPOSITORY` into the
-folder `qlora`. {repository_takes} where there is nothing to clone.
+folder `qlora`. {repository_took}, with nothing to clone.
 """
 
 REPOSITORY_CODE = """
@@ -98,12 +98,12 @@ PACKAGES = """
 ## Packages
 
 Installs what requirements.txt pins, and leaves the installed torch as it is: it is the one that fits the
-machine's driver. Tested were torch {oldest} to {newest}. The other packages replace those of the same
-name; pip may then list conflicts with programs that are not used here. PEFT refuses a torchao older than
-0.16, such as Colab's, so that is removed; nothing here needs it.
+machine's driver. Training and tests were run with torch {oldest} and {newest}. The other packages replace
+those of the same name; pip may then list conflicts with programs that are not used here. PEFT refuses a
+torchao older than 0.16, such as Colab's, so that is removed; nothing here needs it.
 
-{packages_takes} where everything is installed already. A first installation takes some minutes; how many
-depends on the network.
+{packages_took}, with everything installed already. A first installation takes some minutes; how many depends
+on the network.
 """
 
 PACKAGES_CODE = """
@@ -146,7 +146,7 @@ FOUND = """
 ## What was found
 
 The GPU, its driver, and what the scripts make of it. If a GPU is listed here and the line `device` still
-names a processor, torch can't use the GPU; the text then says why. {found_takes}.
+names a processor, torch can't use the GPU; the text then says why. {found_took}.
 """
 
 FOUND_CODE = """
@@ -164,7 +164,7 @@ MODEL_TEXT = """
 Llama 3.2 is gated: accept its licence on its page at Hugging Face, and keep a token of yours as the
 secret `HF_TOKEN`, in Colab under the key symbol, in Kaggle under Add-ons, Secrets. Without that, Qwen2.5
 is used, which needs no account. Without a GPU it is the bundled SmolLM2-135M, and the hub is not asked.
-{model_takes}.
+{model_took}.
 """
 
 MODEL_CODE = """
@@ -206,7 +206,7 @@ DEMO = """
 
 Loads the model in NF4 and prints its outline: linear layers are stored in 4 bits, embeddings and norms
 are not. Then it says what training, use and merging will take, here and on common GPUs. The model is
-downloaded first. {demo_takes}.
+downloaded first. {demo_took}.
 """
 
 DEMO_CODE = """
@@ -223,8 +223,8 @@ model, by the untrained model with four examples in its prompt, and by the train
 learns from the same rows as a comparison. Watch the last `loss` fall, the guards hold, and `tuned` come
 out above the base. With so few rows the intervals are wide.
 
-{train_takes}. If Colab stops the notebook on the way, run all cells again: it goes on from the last
-checkpoint.
+{train_took}. If it is stopped on the way, run the cell again: it goes on from the last checkpoint, as
+long as the machine is still there.
 """
 
 TRAIN_CODE = """
@@ -238,7 +238,7 @@ REPORT = """
 ## The report
 
 What the run wrote beside the adapter: accuracy with intervals, reviews that training fixed and broke,
-memory and speed, and the loss of every step. {report_takes}.
+memory and speed, and the loss of every step. {report_took}.
 """
 
 REPORT_CODE = """
@@ -255,7 +255,7 @@ REVIEW_TEXT = """
 ## A review of your own
 
 The question, the answers and the base are those of the training; they travel with the adapter.
-`--compare` shows what the untrained model says to the same prompt. {review_takes}.
+`--compare` shows what the untrained model says to the same prompt. {review_took}.
 """
 
 REVIEW_CODE = """
@@ -272,7 +272,7 @@ GGUF = """
 Merges the adapter into the weights that it was trained on, and writes them as one f16 file, two bytes a
 weight, for llama.cpp and Ollama. Only llama.cpp's converter is needed, which is fetched from the package
 index; smaller types such as Q8_0 need llama.cpp built (`llama.cpp/build.sh`, which takes long on Colab's
-two cores, so do it where you will use the file). {gguf_takes}.
+two cores, so do it where you will use the file). {gguf_took}.
 """
 
 GGUF_CODE = """
@@ -289,7 +289,7 @@ NEXT = """
 The machine and its files vanish with the session. In Colab open the folder symbol on the left, in Kaggle
 the output on the right, and download from `notebook-run`:
 
-- `imdb/`: the adapter, a few megabytes; `python qlora_inference.py --adapter imdb` uses it anywhere
+- `imdb/`: the adapter, some tens of megabytes; `python qlora_inference.py --adapter imdb` uses it anywhere
 - `gguf/imdb-f16.gguf` and `Modelfile`: `ollama create my-model -f Modelfile`
 
 More rows, other data and all flags: docs/settings.md and docs/own-data.md in the repository.
@@ -349,12 +349,12 @@ def figures() -> dict[str, str]:
     by_number = sorted(tested, key=lambda version: [int(part) for part in version.split(".")])
     seconds = measured["seconds"]
     return {
-        "where": f"on a CPU ({measured['device']}, threads: {measured['threads']}) beside other programs",
+        "where": f"on a CPU ({measured['device']}, {threads(measured['threads'])}) beside other programs",
         "total": duration(measured["all_seconds"]),
         "oldest": by_number[0],
         "newest": by_number[-1],
         "repository": REPOSITORY,
-        **{f"{name}_takes": f"Takes {duration(value)}" for name, value in seconds.items()},
+        **{f"{name}_took": f"On the CPU it took {duration(value)}" for name, value in seconds.items()},
     }
 
 
@@ -363,6 +363,11 @@ def duration(seconds: float) -> str:
     if seconds < 1:
         return "less than a second"
     return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.1f} minutes"
+
+
+def threads(count: int) -> str:
+    """1 -> 'one thread', 2 -> '2 threads'"""
+    return "one thread" if count == 1 else f"{count} threads"
 
 
 def badge() -> str:
