@@ -1,6 +1,7 @@
 """Which versions of torch work with the other pinned packages: a training and the fast tests with each.
 
     python benchmarks/torch_versions.py old/bin/python new/bin/python   # writes results/torch_versions.json
+    python benchmarks/torch_versions.py --failed old/bin/python         # after a fix: only what failed
 
 Takes Pythons that have requirements-dev.txt with another torch. What the file says of other versions stays.
 Half an hour for each on two cores. `make figures` writes the oldest and the newest version into the notebook,
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as xml
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,24 +24,30 @@ TRAINING = ("--model", "smollm2-135m", "--samples", "32", "--eval-samples", "8",
 TESTS = ("tests/core", "tests/memory", "tests/lab")  # the rooms that use torch's inner parts
 
 
-def main(pythons: list[str]) -> None:
+def main(arguments: list[str]) -> None:
+    pythons = [argument for argument in arguments if argument != "--failed"]
     if not pythons:
         sys.exit("error: name at least one Python that has another torch")
     known = {run["torch"]: run for run in json.loads(RESULT.read_text())} if RESULT.exists() else {}
     for python in pythons:
         ask = "import torch; print(torch.__version__)"
-        version = subprocess.run(
-            [python, "-c", ask], text=True, capture_output=True, check=True
-        ).stdout.strip()
-        known[version] = {"torch": version, "training": train(python), "tests": run_tests(python)}
+        told = subprocess.run([python, "-c", ask], text=True, capture_output=True, check=True).stdout
+        version, _, build = told.strip().partition("+")
+        if "--failed" not in arguments:
+            run = {"torch": version, "build": build, "training": train(python)}
+            known[version] = {**run, "tests": run_tests(python, TESTS)}
+        elif (earlier := known[version]["tests"])["failed"]:
+            again = run_tests(python, earlier["failed"])
+            counts = {name: earlier[name] + again[name] for name in ("passed", "skipped")}
+            known[version]["tests"] = again | counts
         print(json.dumps(known[version], indent=2))
     runs = sorted(known.values(), key=lambda run: number(run["torch"]))
     RESULT.write_text(json.dumps(runs, indent=2) + "\n")
 
 
 def number(version: str) -> list[int]:
-    """'2.13.0+cpu' -> [2, 13, 0]"""
-    return [int(part) for part in version.partition("+")[0].split(".")]
+    """'2.13.0' -> [2, 13, 0]"""
+    return [int(part) for part in version.split(".")]
 
 
 def train(python: str) -> dict:
@@ -62,8 +70,8 @@ def train(python: str) -> dict:
     }
 
 
-def run_tests(python: str) -> dict:
-    """How many tests passed, and the names of those that did not."""
+def run_tests(python: str, tests: Sequence[str]) -> dict:
+    """How many of these tests passed, and the names of those that did not."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             python,
@@ -74,14 +82,18 @@ def run_tests(python: str) -> dict:
             "-m",
             "not slow",
             f"--junitxml={folder}/tests.xml",
-            *TESTS,
+            *tests,
         ]
         subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         cases = list(xml.parse(f"{folder}/tests.xml").iter("testcase"))
     bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = [case for case in cases if case.find("skipped") is not None]
-    names = sorted(f"{case.get('classname')}.{case.get('name')}" for case in bad)
-    return {"passed": len(cases) - len(bad) - len(skipped), "skipped": len(skipped), "failed": names}
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    return {"passed": len(cases) - len(bad) - skipped, "skipped": skipped, "failed": sorted(map(named, bad))}
+
+
+def named(case: xml.Element) -> str:
+    """<testcase classname="tests.core.test_data" name="test_x[1]"> -> tests/core/test_data.py::test_x[1]"""
+    return f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}"
 
 
 if __name__ == "__main__":

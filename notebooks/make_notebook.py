@@ -345,14 +345,12 @@ def figures() -> dict[str, str]:
     """What stands in braces in the texts: measured times, the tested range of torch, the address."""
     measured = json.loads((RESULTS / "notebook.json").read_text())
     runs = json.loads((RESULTS / "torch_versions.json").read_text())
-    tested = [run["torch"].partition("+")[0] for run in runs]
-    by_number = sorted(tested, key=lambda version: [int(part) for part in version.split(".")])
     seconds = measured["seconds"]
     return {
         "where": f"on a CPU ({measured['device']}, {threads(measured['threads'])}) beside other programs",
         "total": duration(measured["all_seconds"]),
-        "oldest": by_number[0],
-        "newest": by_number[-1],
+        "oldest": runs[0]["torch"],
+        "newest": runs[-1]["torch"],
         "repository": REPOSITORY,
         **{f"{name}_took": f"On the CPU it took {duration(value)}" for name, value in seconds.items()},
     }

@@ -204,7 +204,7 @@ def as_pinned() -> bool:
 
 
 OUTPUTS = ("qlora-out", "quant-out", "gguf-out", "notebook-run")
-SMALL = {"SIZES": dict.fromkeys(("cuda", "cpu"), (32, 8, 64)), "MODEL": config.BUNDLED}
+SMALL = {"SIZES": dict.fromkeys(("cuda", "cpu"), (16, 4, 64)), "MODEL": config.BUNDLED}
 
 
 @pytest.fixture(scope="module")
@@ -228,13 +228,13 @@ def test_it_runs_from_top_to_bottom(ran):
         re.search(r"^guards +all \d+ held", said["train"], re.M) and "tuned (this adapter)" in said["train"]
     )
     assert re.search(r"^ +imdb +(Negative|Positive)$", said["review"], re.M)
-    assert json.loads((folder / "imdb" / "report.json").read_text())["settings"]["samples"] == 32
+    assert json.loads((folder / "imdb" / "report.json").read_text())["settings"]["samples"] == 16
 
 
 @pytest.mark.slow
 def test_the_report_is_shown_with_its_picture(ran):
     shown = [part.data for part in ran[0]["report"].outputs]
-    assert any("same 8 held-out rows" in data.get("text/markdown", "") for data in shown)
+    assert any("same 4 held-out rows" in data.get("text/markdown", "") for data in shown)
     assert any("image/png" in data for data in shown)
 
 
