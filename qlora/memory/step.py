@@ -142,7 +142,18 @@ def predict(what, config, job: Job) -> dict:
     """`what` (one of the predictions) for all layers; if they are alike, extrapolated from 2 and 3 of them.
 
     If layers are alike, every figure is a straight line in their number; the parameter count is the check.
+    Raises UserError for experts in a dtype in which torch can't compute them without data.
     """
+    try:
+        return _predict(what, config, job)
+    except RuntimeError as error:  # torch._grouped_mm on tensors without data
+        if "Expected inputs of BF16" not in str(error):
+            raise
+        kind = f"a {config.model_type} model's experts can't be planned in {job.dtype}"
+        raise UserError(f"{kind}: add --precision bf16") from None
+
+
+def _predict(what, config, job: Job) -> dict:
     layers = config.num_hidden_layers
     if layers <= 3 or not _alike(config.to_json_string(use_diff=False), type(config)):
         return what(config, job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from qlora import hardware
 from qlora.live_bytes import LiveBytes, StepPeak
 
 
@@ -84,7 +85,8 @@ def test_what_was_measured_before_a_resumed_run_counts():
 
 
 def test_on_a_gpu_the_allocator_counts_from_the_first_step_on(monkeypatch):
-    allocated, resets = iter([70, 90, 80]), []
+    allocated, resets = iter([500, 70, 90, 80, 80]), []  # 500: loading and scoring
+    monkeypatch.setattr(hardware, "_earlier_peak", 0)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append("reset"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(allocated))
     peak = StepPeak("cuda")
@@ -94,3 +96,4 @@ def test_on_a_gpu_the_allocator_counts_from_the_first_step_on(monkeypatch):
             assert resets == ["reset"], "what was loaded and scored before is no step's"
         seen.append(peak.bytes)
     assert seen == [70, 90, 90]
+    assert hardware.peak_memory_bytes("cuda") == 500  # the process's own was once forgotten

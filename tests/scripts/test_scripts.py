@@ -74,6 +74,7 @@ def test_report_has_the_contracts_keys(trained):
     assert all(g["passed"] for g in report["guards"])
     assert set(names) == {
         "labels_present",
+        "updates_applied",
         "end_supervised",
         "starts_as_base",
         "loss_is_models_own",
@@ -474,6 +475,7 @@ def test_nf4_as_the_script_writes_it_is_the_tables(name):
     written = next(call for call in calls if getattr(call.func, "id", "") == "BitsAndBytesConfig")
     options = {keyword.arg: ast.unparse(keyword.value) for keyword in written.keywords}
     assert options.pop("bnb_4bit_compute_dtype").endswith(".dtype")
+    options.pop("bnb_4bit_quant_storage", None)  # how the same values are stored, where the base is sharded
     assert {key: ast.literal_eval(value) for key, value in options.items()} == PRECISIONS["nf4"]
 
 
