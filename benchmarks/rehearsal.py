@@ -118,7 +118,7 @@ def several() -> dict:
         for count, (launch, env) in launchers.items():
             out = Path(folder, str(count))
             flags = ["--model", BUNDLED, "--batch-size", 4 // count, "--output-dir", out, *ROWS]
-            flags += ["--max-steps", 20, "--precision", "fp32"]
+            flags += ["--max-steps", 20, "--precision", "fp32", "--eval-samples", 24]
             call = [*launch, "qlora_finetune.py", *map(str, flags)]
             subprocess.run(call, cwd=ROOT, env={**os.environ, **env}, check=True, stdout=subprocess.DEVNULL)
             report = json.loads((out / "report.json").read_text())
