@@ -59,9 +59,13 @@ def read(s: ExportSettings) -> Adapter:
         note(f"note       {s.adapter} has no qlora.json: its base is looked up by name, {adapter.base_model}")
     if s.lora and (why := unfit_for_lora_file(adapter)):
         raise UserError(f"{name}: {why}; export it merged (leave --lora out)")
-    built = (BIN / "llama-quantize").exists() and (SOURCE / "convert_hf_to_gguf.py").exists()
-    if not built or UNPROVED.is_file():
+    quantizes = set(s.types) - {"f16"} and not s.lora  # f16 and LoRA files are the converter's work alone
+    if quantizes and (not (BIN / "llama-quantize").exists() or UNPROVED.is_file()):
         raise UserError(why_not_built())
+    if not (SOURCE / "convert_hf_to_gguf.py").exists():
+        raise UserError(
+            "llama.cpp's source is not here: run llama.cpp/build.sh, or python llama.cpp/source.py"
+        )
     return adapter
 
 

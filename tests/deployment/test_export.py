@@ -52,6 +52,16 @@ def changed(trained, folder, **config):
     return folder
 
 
+def test_f16_and_lora_files_need_the_converter_alone(tmp_path, trained, monkeypatch, pretend_built):
+    # In Colab a build takes longer than everything else in the notebook.
+    monkeypatch.setattr(gguf_export, "BIN", tmp_path / "nowhere")
+    for wanted in ({"types": ("f16",)}, {"lora": True}):
+        gguf_export.read(settings.ExportSettings(adapter=trained, **wanted))
+    monkeypatch.setattr(gguf_export, "SOURCE", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="python llama.cpp/source.py"):
+        gguf_export.read(settings.ExportSettings(adapter=trained, types=("f16",)))
+
+
 def test_without_the_tools_it_says_how_to_get_them(tmp_path, trained, monkeypatch):
     monkeypatch.setattr(gguf_export, "BIN", tmp_path / "nowhere")
     with pytest.raises(UserError, match="build.sh"):
