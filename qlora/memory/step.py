@@ -19,7 +19,8 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.autograd import _functions as products
 from peft import get_peft_model
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_impls import register_op_impl
+from torch._subclasses.fake_tensor import FakeTensorMode, in_kernel_invocation_manager
 from transformers import AttentionInterface
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.masking_utils import AttentionMaskInterface
@@ -332,6 +333,14 @@ def flash_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, 
     """
     out = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, True, scale=scaling)[0]
     return out.transpose(1, 2).contiguous(), None
+
+
+# torch 2.6 and 2.7 give the gradients of k and v as many heads as q has, which autograd refuses.
+@register_op_impl(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
+def flash_gradients(fake_mode, function, out_gradient, q, k, v, *args, **kwargs):
+    with in_kernel_invocation_manager(fake_mode):
+        made = [torch.empty_like(x, device="meta") for x in (q, k, v)]
+    return tuple(fake_mode.fake_tensor_converter.from_meta_and_device(fake_mode, x, q.device) for x in made)
 
 
 def efficient_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=None, **kwargs):
