@@ -62,8 +62,7 @@ def train(run) -> None:
         rows, held_out, found = choose_rows(s, run.older)
         if processes.count() > 1:
             sources.locate(s.model, run.revision)
-    labels = None if s.objective == "lm" else 2  # of a row: an answer and its end token
-    predicted = plan.predict_run(s, machine, labels) if found.kind != "chat" else None
+    predicted = plan.predict_run(s, machine) if found.kind != "chat" else None
 
     # 1. The frozen base, its linear layers in 4 bits. (load_in_4bit alone would mean fp4.)
     four_bit = BitsAndBytesConfig(
@@ -85,7 +84,7 @@ def train(run) -> None:
         prompt = prompts.with_thoughts(prompt, rows)
     examples = batches.encode_rows(base.tokenizer, prompt, rows, "training")
     if found.kind == "chat":  # only now is it known how many tokens of a row are trained on
-        predicted = plan.predict_run(s, machine, batches.most_labels(examples))
+        predicted = plan.predict_run(s, machine, labels=batches.most_labels(examples))
     batches.show_labels(base.tokenizer, examples[0])
     healthy = guards.Guards()
     guards.check_data(healthy, base.tokenizer, prompt, examples)
@@ -105,7 +104,7 @@ def train(run) -> None:
     model = get_peft_model(base.model, config)
     lora.show_trainable(model)
     if processes.is_sharded():
-        sharding.shard_base(model, machine.own)
+        sharding.shard_base(model, machine.own_device)
     note(f"kernels    {fast.make_fast(model)}")
     if s.gradient_checkpointing:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -166,8 +165,7 @@ def choose_model(s: TrainSettings):
     processes.meet(machine.device)
     s, model, why = dataclasses.replace(s, precision=precision), s.model, "given"
     if model == "auto":
-        job = plan.training_job(s, machine, None if s.objective == "lm" else 2)
-        model, why = hub.or_ungated(*plan.default_model(machine, job))
+        model, why = hub.or_ungated(*plan.default_model(machine, plan.training_job(s, machine)))
     note(f"model      {model} ({why}), {precision}")
     return dataclasses.replace(s, model=model), machine
 

@@ -71,26 +71,32 @@ def run(day: Day) -> dict:
         flags += ["--samples", "120", "--eval-samples", "16", "--max-length", "96"]
     model = real_model(day)
     begin = [sys.executable, "qlora_finetune.py", "--output-dir", str(out), "--overwrite", *model, *flags]
-    first = subprocess.Popen(begin, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = day.out / "run.log"
+    with log.open("w") as told:
+        first = subprocess.Popen(begin, cwd=ROOT, stdout=told, stderr=told)
     while first.poll() is None and not (out / "checkpoint-20").exists():
         time.sleep(0.2)
     killed = first.poll() is None
     first.kill()
-    told = first.communicate()[1]
-    if not killed and first.returncode:
-        raise RuntimeError(told.strip().splitlines()[-1])
-    again = [sys.executable, "qlora_finetune.py", "--output-dir", str(out), "--resume"]
-    done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    answer = [sys.executable, "qlora_inference.py", "--adapter", str(out), "--device", day.device]
-    said = subprocess.run([*answer, "A fine film."], cwd=ROOT, capture_output=True, text=True)
+    if first.wait() > 0:
+        raise RuntimeError(log.read_text().strip().splitlines()[-1])
+    must(sys.executable, "qlora_finetune.py", "--output-dir", out, "--resume")
+    use = [sys.executable, "qlora_inference.py", "--adapter", out, "--device", day.device]
+    answer = must(*use, "A fine film.").strip()
     report = json.loads((out / "report.json").read_text())
     parts = ("environment", "base", "data", "lora", "memory", "train", "evaluation", "guards", "seconds")
     kept = {part: report[part] for part in parts}
     for flip in kept["evaluation"].get("flips", {}).get("examples", ()):
         flip.pop("text")
-    return {"killed_and_resumed": killed, "answer": said.stdout.strip(), **kept}
+    return {"killed_and_resumed": killed, "answer": answer, **kept}
+
+
+def must(*command) -> str:
+    """stdout of a command in the repository's folder; RuntimeError with its last line if it fails."""
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    return done.stdout
 
 
 def real_model(day: Day) -> list[str]:
@@ -269,19 +275,12 @@ def tokenizer_folder() -> Path:
 def llama_cpp(day: Day) -> dict:
     """llama.cpp with CUDA, from a source that is there; how fast it reads and writes the run's Q8_0 file."""
     adapter, out = day.out / "run", day.out / "gguf"
-    commands = [
-        ["bash", "llama.cpp/build.sh", "--cpu" if day.rehearse else "--cuda"],
-        [sys.executable, "llama.cpp/export.py", "--adapter", str(adapter), "--types", "Q8_0"]
-        + ["--output-dir", str(out)],
-    ]
-    for command in commands:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    must("bash", "llama.cpp/build.sh", "--cpu" if day.rehearse else "--cuda")
+    export = [sys.executable, "llama.cpp/export.py", "--adapter", adapter, "--types", "Q8_0"]
+    must(*export, "--output-dir", out)
     (gguf,) = out.glob("*Q8_0.gguf")
-    bench = [ROOT / "llama.cpp/build/bin/llama-bench", "-m", gguf, "-p", "512", "-n", "64", "-o", "json"]
-    done = subprocess.run(bench, capture_output=True, text=True, check=True)
-    rows = json.loads(done.stdout)
+    bench = ["llama.cpp/build/bin/llama-bench", "-m", gguf, "-p", 512, "-n", 64, "-o", "json"]
+    rows = json.loads(must(*bench))
     return {("reads" if row["n_prompt"] else "writes"): row["avg_ts"] for row in rows} | {"file": gguf.name}
 
 

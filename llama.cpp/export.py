@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import ROOT
 from qlora.cli import note, parse, run
-from settings import BIN, ExportSettings
+from settings import BIN, LESS_MEMORY, ExportSettings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -32,4 +32,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main, "close other programs; the trained model and its 16-bit merge are held at once")
+    run(main, LESS_MEMORY)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config  # noqa: F401  (first: it says in one line if packages are missing)
 from qlora.cli import parse, run
-from settings import ParitySettings
+from settings import LESS_MEMORY, ParitySettings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -56,4 +56,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main, "close other programs; the trained model and its 16-bit merge are held at once")
+    run(main, LESS_MEMORY)

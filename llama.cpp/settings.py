@@ -7,9 +7,9 @@ from config import EVAL_SAMPLES
 
 HERE = Path(__file__).resolve().parent
 BIN, SOURCE, PROVED = HERE / "build" / "bin", HERE / "source", HERE / "build" / "proved"
-UNPROVED = (
-    HERE / "build" / "unproved"
-)  # instead of PROVED, where it was built for a GPU on a machine without one
+# Instead of PROVED, where it was built for a GPU on a machine without one.
+UNPROVED = HERE / "build" / "unproved"
+LESS_MEMORY = "close other programs; the trained model and its 16-bit merge are held at once"
 
 
 @dataclass(frozen=True)

@@ -77,13 +77,14 @@ class LengthBatches(torch.utils.data.Sampler):
     def __init__(self, lengths: list[int], batch_size: int, seed: int, processes: int = 1):
         self.lengths, self.seed, self.epoch = lengths, seed, 0
         self.batch_size, self.processes = batch_size * processes, processes
+        # One process alone may have a short batch; several need as many rows each.
+        self.blanks = -len(lengths) % self.batch_size if processes > 1 else 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        count = len(self.lengths)
-        return count + (-count % self.batch_size if self.processes > 1 else 0)
+        return len(self.lengths) + self.blanks
 
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -99,12 +100,10 @@ class LengthBatches(torch.utils.data.Sampler):
         shuffled = [whole[i] for i in torch.randperm(len(whole), generator=generator).tolist()]
         longest = max(whole, key=lambda b: self.lengths[b[0]], default=None)
         shuffled.sort(key=lambda b: b is not longest)
-        if self.processes > 1:
-            blank = len(self.lengths)
-            filled = [b + [blank] * (self.batch_size - len(b)) for b in shuffled + rest]
-            shares = [b[number :: self.processes] for b in filled for number in range(self.processes)]
-            return iter([i for share in shares for i in share])
-        return iter([i for batch in shuffled + rest for i in batch])
+        if self.blanks:
+            rest[-1] += [len(self.lengths)] * self.blanks
+        shares = [b[number :: self.processes] for b in shuffled + rest for number in range(self.processes)]
+        return iter([i for share in shares for i in share])
 
 
 def collate(examples: list[dict], pad_id: int, multiple: int = 1) -> dict:

@@ -61,15 +61,17 @@ def first_line(error: Exception) -> str:
     return lines[0][:160] if lines else type(error).__name__
 
 
-def speaks() -> bool:
-    """Whether this process prints: of several that a launcher started, the first does."""
-    number = os.environ.get("RANK", "")
-    return not (number.isdigit() and number.strip("0") and "MASTER_ADDR" in os.environ)
+_process = 0  # number among several that a launcher started: the first one prints
+
+
+def set_process(number: int) -> None:
+    global _process
+    _process = number
 
 
 def note(text: str = "") -> None:
     """Progress and explanations go to stderr, so that stdout holds answers only."""
-    if speaks():
+    if _process == 0:
         print(text, file=sys.stderr, flush=True)
 
 
@@ -78,7 +80,7 @@ def progress(rows: int, title: str) -> Iterator[Callable]:
     """A progress bar on stderr; yields the function that moves it on by a number of rows."""
     from tqdm import tqdm
 
-    with tqdm(total=rows, desc=title, unit="row", mininterval=2, disable=not speaks()) as bar:
+    with tqdm(total=rows, desc=title, unit="row", mininterval=2, disable=_process > 0) as bar:
         yield bar.update
 
 
@@ -204,8 +206,7 @@ def run(main: Callable[[Sequence[str] | None], None], less_memory: str = SMALLER
 
 def fail(message: str, code: int) -> None:
     message = " ".join(message.split())  # what it quotes may hold line breaks
-    if speaks():
-        note(f"error: {message}" if code != 130 else message)
-    elif code == 1:  # the first process says the rest
-        print(f"error: process {os.environ['RANK']}: {message}", file=sys.stderr, flush=True)
+    note(f"error: {message}" if code != 130 else message)
+    if _process and code == 1:  # the first one says the rest
+        print(f"error: process {_process}: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

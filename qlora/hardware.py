@@ -27,12 +27,12 @@ class Hardware:
     unused: str = ""  # what is wrong with a GPU that is here
 
     @property
-    def place(self) -> str:
+    def loads_to(self) -> str:
         """Where weights are loaded to; a base that one GPU can't hold is sharded from the CPU."""
-        return "cpu" if is_sharded() else self.own
+        return "cpu" if is_sharded() else self.own_device
 
     @property
-    def own(self) -> str:
+    def own_device(self) -> str:
         """This process's device, as torch takes it."""
         return self.device if self.device == "cpu" else f"cuda:{local_rank()}"
 

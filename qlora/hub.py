@@ -22,6 +22,10 @@ LISTS = re.compile("/api/(?!resolve-cache/)")  # addresses of what the client re
 LARGEST_LIST, LONGEST_WAIT = 50 << 20, 30  # bytes, seconds
 
 
+class GatedError(UserError):
+    """The hub refuses this account, or none, a model whose licence has to be accepted first."""
+
+
 def snapshot(hub_id: str, revision: str | None) -> tuple[Path, str]:
     """(folder, commit) of a hub model's config, tokenizer and safetensors; UserError says the way out."""
     patterns = {"allow_patterns": WANTED, "ignore_patterns": UNWANTED}
@@ -56,9 +60,7 @@ def is_refused(hub_id: str) -> bool:
     """Whether the hub refuses this account (or none) a gated model; raises UserError for other reasons."""
     try:
         config_file(hub_id)
-    except UserError as error:
-        if " is gated: " not in str(error):
-            raise
+    except GatedError:
         return True
     return False
 
@@ -138,7 +140,8 @@ def explain(error: Exception, name: str, kind: str) -> UserError:
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     statuses = {getattr(getattr(cause, "response", None), "status_code", None) for cause in causes}
     missing = "DatasetNotFoundError" in kinds  # of `datasets`, for gated ones too
-    if "GatedRepoError" in kinds or missing and "gated" in str(error):
+    gated = "GatedRepoError" in kinds or missing and "gated" in str(error)
+    if gated:
         page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
         what = f"{name} is gated: ask for access at {page}, then `hf auth login`"
     elif "RepositoryNotFoundError" in kinds or missing:
@@ -164,7 +167,8 @@ def explain(error: Exception, name: str, kind: str) -> UserError:
         settings = "HF_ENDPOINT, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE"
         what = f"the Hugging Face hub can't be asked ({why}); check {settings}"
     instead = f"--model {BUNDLED}" if kind == "model" else "--dataset imdb"
-    return UserError(f"{what}; without the hub: {instead}")
+    error = GatedError if gated else UserError
+    return error(f"{what}; without the hub: {instead}")
 
 
 def told(error: BaseException) -> str:

@@ -75,7 +75,7 @@ def load_base(name: str, precision: str, hardware: Hardware, revision=None, quan
             output_loading_info=True,
             dtype=dtype,
             quantization_config=quantization or quantization_config(precision, dtype),
-            device_map={"": hardware.place},
+            device_map={"": hardware.loads_to},
             use_safetensors=True,
             **LOCAL,
         )

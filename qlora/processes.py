@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 
 import psutil
 
-from qlora.cli import note, require
+from qlora.cli import note, require, set_process
 
 LONGEST_FETCH = datetime.timedelta(hours=3)  # the others wait while the first one downloads a model
 
-_launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # as read_environment() found it
-_sharded = False
+ALONE = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+_launched, _sharded = ALONE, False  # as read_environment() found it
 
 
 def rank() -> int:
@@ -52,23 +52,22 @@ def read_environment() -> None:
     for name, value in given.items():
         number = value.isascii() and value.isdigit() and len(value) < 6
         require(number, f"{name}={value[:20]!r} was set by no launcher: unset it")
-    number, several = int(given["RANK"]), max(1, int(given["WORLD_SIZE"]))
+    found = {name: int(value) for name, value in given.items()}
+    number, several = found["RANK"], found["WORLD_SIZE"]
+    set_process(number if several > 1 else 0)
     asked = asked_of_accelerate()
     lost = f"accelerate launch was asked for {asked} processes and started one (it does with --cpu): use"
     require(several > 1 or asked < 2, f"{lost} torchrun --nproc_per_node {asked} qlora_finetune.py …")
     missing = [n for n in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(n)]
     alone = f"WORLD_SIZE={several} but no {', '.join(missing)}: unset it, or use torchrun"
-    require(several == 1 or not missing, alone)
-    require(number < several, f"RANK={number} but WORLD_SIZE={several}: unset them, or use torchrun")
+    require(several < 2 or not missing, alone)
+    require(number < max(1, several), f"RANK={number} but WORLD_SIZE={several}: unset them, or use torchrun")
+    _launched = found if several > 1 else ALONE
     _sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    _launched = {name: int(value) for name, value in given.items()} | {"WORLD_SIZE": several}
-    for name in list(os.environ):  # accelerate would compute in another dtype, accumulate other steps, …
-        if name.startswith(("ACCELERATE_", "FSDP_")):
+    for name in list(os.environ):
+        # accelerate would compute in another dtype, accumulate other steps, or wait for other processes.
+        if name.startswith(("ACCELERATE_", "FSDP_")) or name in given and several < 2:
             del os.environ[name]
-    if several == 1:  # accelerate would wait for other processes
-        _launched = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
-        for name in given:
-            os.environ.pop(name, None)
 
 
 def asked_of_accelerate() -> int:

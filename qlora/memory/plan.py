@@ -33,15 +33,15 @@ CPU_RESERVE = 1.5 * 2**30
 FITS = {True: "fits", False: "does not fit"}
 
 
-def training_job(settings, hardware: Hardware, labels: int | None = 2) -> Job:
-    """The job that these settings (of training or of the demo) describe here; `labels` as in Job."""
+def training_job(settings, hardware: Hardware, labels: int = 2) -> Job:
+    """The job that these settings (of training or of the demo) describe here; rows of text are all labels."""
     same = {f.name: getattr(settings, f.name) for f in fields(Job) if hasattr(settings, f.name)}
     return replace(
         Job(**same),
         device=hardware.device,
         dtype=hardware.dtype,
         length=settings.max_length,
-        labels=labels,
+        labels=None if getattr(settings, "objective", "") == "lm" else labels,
         capability=hardware.capability or Job.capability,
     )
 
@@ -72,7 +72,7 @@ def default_model(hardware: Hardware, job: Job | None = None) -> tuple[str, str]
     return preset, f"the smallest, though a training step takes {gb(peak)} of {gb(usable)} GB"
 
 
-def predict_run(settings, hardware: Hardware, labels: int | None) -> dict | None:
+def predict_run(settings, hardware: Hardware, labels: int = 2) -> dict | None:
     """What the widest training step of a run will hold, also told in notes; None if it can't be planned."""
     job = training_job(settings, hardware, labels)
     try:
@@ -106,8 +106,8 @@ def make_plan(config, job: Job, hardware: Hardware, gpus: int = 1) -> dict:
             **verdict,
             "remedies": [] if verdict["fits"] else remedies(config, job, usable),
         },
-        "cards": cards(config, job),
-        "several": several_cards(config, job, gpus) if gpus > 1 else [],
+        "gpus": gpus,
+        "cards": cards(config, job, gpus),
     }
 
 
@@ -132,8 +132,8 @@ def on_several(config, job: Job, gpus: int) -> dict:
     outside = predict_weights_outside_layers(config, job)
     of_layers = whole["weights"] - outside
     ddp = whole["peak"] + whole["adapters"]
-    held = of_layers // gpus + 2 * of_layers // layers if gpus > 1 else of_layers
-    return {"gpus": gpus, "ddp": ddp, "fsdp": ddp - of_layers + held, "held_by_fsdp": held + outside}
+    held = of_layers // gpus + 2 * of_layers // layers
+    return {"ddp": ddp, "fsdp": ddp - of_layers + held, "held_by_fsdp": held + outside}
 
 
 def predict_weights_outside_layers(config, job: Job) -> int:
@@ -150,8 +150,10 @@ def outside_linear(config) -> int:
     return sum(2 * p.numel() for m in others for p in m.parameters(recurse=False) if p.dim() > 1)
 
 
-def cards(config, job: Job) -> list[dict]:
+def cards(config, job: Job, gpus: int = 1) -> list[dict]:
     """Per card: peak, verdict, the largest batch at this length and the largest length at this batch.
+
+    With `gpus` of them also the peak on each with DDP and with FSDP.
 
     No kernel that a GPU takes here keeps anything that grows with the square of the length. So the peak is a
     straight line in the number of tokens, and two predictions give both.
@@ -161,16 +163,18 @@ def cards(config, job: Job) -> list[dict]:
         gpu = on_card(job, capability)
         kind = gpu.attention, gpu.cublas_workspace
         if kind not in peaks:
-            peaks[kind] = [training_peak(config, gpu, batch_size=n * job.batch_size) for n in (1, 2)]
-        verdict, more = judge(job, mebibytes * 2**20 - CUDA_RESERVE, *peaks[kind])
+            twice = [training_peak(config, gpu, batch_size=n * job.batch_size) for n in (1, 2)]
+            peaks[kind] = twice, on_several(config, gpu, gpus) if gpus > 1 else {}
+        (peak, _), several = peaks[kind]
+        verdict, more = judge(job, mebibytes * 2**20 - CUDA_RESERVE, *peaks[kind][0])
         length = max(0, job.length + math.floor(more * job.length))
         length -= length % PAD_MULTIPLE  # rows are padded to it
         length = min(length, getattr(config, "max_position_embeddings", length))
         named = isinstance(PRECISIONS[job.precision], str)
         computes = job.precision if named else "bf16" if capability >= (8, 0) else "fp16"
         attends = "flash" if gpu.attention is step.flash_attention else "efficient"
-        what = {"card": name, "dtype": computes, "attention": attends, "peak": peaks[kind][0]}
-        rows.append({**what, **verdict, "largest_length": length})
+        what = {"card": name, "dtype": computes, "attention": attends, "peak": peak}
+        rows.append({**what, **verdict, "largest_length": length, **several})
     return rows
 
 
@@ -182,20 +186,6 @@ def on_card(job: Job, capability: tuple[int, int]) -> Job:
     named = isinstance(PRECISIONS[job.precision], str)
     dtype = job.dtype if named else torch.bfloat16
     return replace(job, device="cuda", dtype=dtype, capability=capability)
-
-
-def several_cards(config, job: Job, gpus: int) -> list[dict]:
-    """Per kind of card, for `gpus` of them: peak on each with DDP and with FSDP, and whether they fit."""
-    rows, peaks = [], {}
-    for name, (mebibytes, capability) in CARDS.items():
-        gpu = on_card(job, capability)
-        kind = gpu.attention, gpu.cublas_workspace
-        if kind not in peaks:
-            peaks[kind] = on_several(config, gpu, gpus)
-        usable, each = mebibytes * 2**20 - CUDA_RESERVE, peaks[kind]
-        fits = {f"{how}_fits": each[how] <= usable for how in ("ddp", "fsdp")}
-        rows.append({"card": name, "capacity": usable, **each, **fits})
-    return rows
 
 
 def remedies(config, job: Job, usable: float) -> list[dict]:
@@ -295,19 +285,18 @@ def show_plan(plan: dict, config) -> None:
     ]
     headers = ("card", "computes in", "attention", "usable GB", "peak GB", "verdict", batch, length)
     print(table(headers, rows, left=2, indent=4))
-    if plan["several"]:
-        show_several(plan["several"])
+    if plan["gpus"] > 1:
+        show_several(plan["gpus"], plan["cards"])
     allowance = f"{CUDA_RESERVE / 2**30:.1f} GiB for CUDA itself, an allowance"
     print(f"    usable: what the driver reports less {allowance}. fp16: the T4 has no bf16 arithmetic.")
 
 
-def show_several(rows: list[dict]) -> None:
-    gpus = rows[0]["gpus"]
+def show_several(gpus: int, rows: list[dict]) -> None:
     print(f"  the same on {gpus} GPUs, each with its own rows: GB on each of them")
-    shown = [
-        (r["card"], gb(r["capacity"]), gb(r["ddp"]), FITS[r["ddp_fits"]], gb(r["fsdp"]), FITS[r["fsdp_fits"]])
-        for r in rows
-    ]
+    shown = []
+    for row in rows:
+        sizes = [(gb(row[how]), FITS[row[how] <= row["capacity"]]) for how in ("ddp", "fsdp")]
+        shown.append((row["card"], gb(row["capacity"]), *sizes[0], *sizes[1]))
     headers = ("card", "usable GB", "DDP: a copy each", "verdict", "FSDP: base sharded", "verdict")
     print(table(headers, shown, left=1, indent=4))
     print(f"    DDP: torchrun --nproc_per_node {gpus} qlora_finetune.py …")

@@ -117,11 +117,8 @@ class QLoRATrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Of one update: its batches, and the number of labels in them, of all processes together."""
         batches, labels = super().get_batch_samples(epoch_iterator, num_batches, device)
-        tokens = sum(batch.pop("real_tokens") for batch in batches)
-        # Ctrl-C reaches the processes at different steps: here they agree.
-        tokens, stop = processes.added_up([tokens, self.interrupt.asked], device)
+        (tokens,) = processes.added_up([sum(batch.pop("real_tokens") for batch in batches)], device)
         self.counts.real_tokens += int(tokens)
-        self.interrupt.agreed = stop > 0
         return batches, labels
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -184,7 +181,7 @@ class Interrupt:
     """Ctrl-C (and SIGTERM) once: finish the step, save, stop. Twice: stop at once."""
 
     def __init__(self):
-        self.asked, self.agreed, self._before = False, False, {}  # agreed: by several processes
+        self.asked, self.agreed, self._before = False, False, {}  # agreed: by all processes
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -207,7 +204,7 @@ class Watch(TrainerCallback):
     def __init__(self, trainer: QLoRATrainer):
         self.guards, self.counts, self.interrupt = trainer.guards, trainer.counts, trainer.interrupt
         self.accelerator, self.scale, self.bar = trainer.accelerator, 0.0, None
-        self.updates, self.checked = 0, False
+        self.checked = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         done = {"total": state.max_steps, "initial": state.global_step}
@@ -218,7 +215,7 @@ class Watch(TrainerCallback):
             self.scale = self.accelerator.scaler.get_scale()
         # Warm-up starts at a rate of zero, so B leaves zero in the second applied update; A's gradient is
         # zero while B is. With a scaler (fp16) gradients may overflow here: look at the next step's.
-        due = self.updates >= 2 and not self.checked
+        due = self.counts.applied >= 2 and not self.checked
         if due and all(p.grad.norm().isfinite() for p in model.parameters() if p.grad is not None):
             self.checked = True
             all_matrices_learn(self.guards, model)
@@ -228,15 +225,15 @@ class Watch(TrainerCallback):
         # always False with a fused optimizer, whose kernel does the skipping.)
         scaler = self.accelerator.scaler
         if scaler is None or scaler.get_scale() >= self.scale > 0:
-            self.updates += 1
             self.counts.applied += 1
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
         if args.use_cpu and state.global_step % 20 == 0:
             return_freed_memory()
-        stop = self.interrupt.asked if processes.count() == 1 else self.interrupt.agreed
-        if stop:
+        # Ctrl-C reaches several processes at different steps: here they agree.
+        self.interrupt.agreed = processes.added_up([self.interrupt.asked], args.device)[0] > 0
+        if self.interrupt.agreed:
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):

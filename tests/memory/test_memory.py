@@ -242,28 +242,28 @@ def test_a_plan_is_shown_with_its_remedies_and_its_cards(tight_plan, capsys):
 
 def test_a_run_says_what_it_will_take(tiny_folder, capsys):
     settings = TrainSettings(model=str(tiny_folder), precision="nf4", max_length=64)
-    predicted = predict_run(settings, SMALL_MACHINE, labels=2)
+    predicted = predict_run(settings, SMALL_MACHINE)
     assert predicted == predict_training(model_config(str(tiny_folder))[0], Job(length=64))
     told = capsys.readouterr().err
     assert "memory     0.0" in told and "weights" in told and "--plan" not in told
 
 
 def test_a_run_that_will_not_fit_is_sent_to_the_plan(capsys):
-    predict_run(TrainSettings(model="llama-3.2-3b", precision="nf4"), SMALL_MACHINE, labels=2)
+    predict_run(TrainSettings(model="llama-3.2-3b", precision="nf4"), SMALL_MACHINE)
     told = capsys.readouterr().err
     assert "more than this machine's 0.54 GB" in told and "--plan --model llama-3.2-3b" in told
 
 
 def test_what_cannot_be_planned_is_trained_without_a_prediction(tiny_folder, capsys):
     settings = TrainSettings(model=str(tiny_folder), precision="nf4", lora_variant="dora")
-    assert predict_run(settings, SMALL_MACHINE, labels=2) is None
+    assert predict_run(settings, SMALL_MACHINE) is None
     assert "not predicted: DoRA on quantized weights" in capsys.readouterr().err
 
 
 def test_a_wrong_flag_is_refused_before_training(tiny_folder):
     settings = TrainSettings(model=str(tiny_folder), precision="nf4", target_modules="query")
     with pytest.raises(UsageError, match="the model has no query"):
-        predict_run(settings, SMALL_MACHINE, labels=2)
+        predict_run(settings, SMALL_MACHINE)
 
 
 def test_a_run_reports_what_was_predicted_and_what_was_measured(trained):
