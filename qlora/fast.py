@@ -135,7 +135,7 @@ def repeated_keys_attention(module, q, k, v, attention_mask, is_causal=None, **k
     """transformers' SDPA for GPUs without FlashAttention (a T4, or any in fp32), where heads share keys.
 
     There transformers asks for grouped heads (enable_gqa), which of the kernels left only the plain one
-    takes: it makes the whole attention matrix, ten times the memory at 256 tokens (transformers issue 48633).
+    takes: it makes the whole attention matrix and keeps it (transformers issue 48633).
     With each head's keys in its place torch takes its memory-efficient kernel. For a single token the heads
     of a group become the rows of one head instead, so that a long cache is not repeated.
     """

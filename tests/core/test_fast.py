@@ -210,6 +210,14 @@ def test_a_gpu_without_flash_attention_is_never_asked_for_grouped_heads(monkeypa
     assert asked and not any(asked)
 
 
+@pytest.mark.parametrize("capability, kernels", [((7, 5), "keys repeated"), ((8, 6), "the libraries' own")])
+def test_make_fast_asks_the_card(monkeypatch, capability, kernels):
+    model = LlamaForCausalLM(LlamaConfig(**SMALL_LLAMA, num_key_value_heads=2)).to(torch.float16)
+    monkeypatch.setattr(LlamaForCausalLM, "device", property(lambda self: torch.device("cuda:0")))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fast.make_fast(model).startswith(kernels)
+
+
 @pytest.mark.parametrize(
     "capability, dtype, has",
     [

@@ -8,7 +8,7 @@ import torch
 import qlora_finetune
 import quant_llama32_4bit_lora
 from config import DemoSettings, TrainSettings
-from qlora import hardware
+from qlora import hardware, processes
 from qlora.memory.plan import default_model
 from qlora.memory.step import Job
 
@@ -63,6 +63,26 @@ def test_a_run_of_longer_rows_may_need_the_smaller_model(monkeypatch):
     ):
         script.import_libraries()
         assert script.choose_model(settings)[0].model == "llama-3.2-1b"
+
+
+def test_freed_gpu_memory_is_given_back(monkeypatch):
+    # parity.py starts llama-server beside it.
+    given_back = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append("cache"))
+    hardware.return_freed_memory()
+    assert given_back == ["cache"]
+
+
+def test_one_process_trains_on_one_of_several_gpus_and_says_so(monkeypatch, capsys):
+    # transformers would copy the model to all of them at each step (DataParallel).
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    processes.meet("cuda")
+    assert "one of 2 GPUs is used" in capsys.readouterr().err
+    qlora_finetune.import_libraries()
+    monkeypatch.setattr(qlora_finetune, "TrainingArguments", lambda **given: SimpleNamespace(n_gpu=2))
+    machine = hardware.Hardware("cuda", "a card", torch.bfloat16, "", 24.0, (8, 6))
+    assert qlora_finetune.training_arguments(TrainSettings(), machine)._n_gpu == 1
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import get_peft_model
 
 from config import PRECISIONS, TrainSettings
+from qlora.batches import most_labels
 from qlora.cli import UsageError
 from qlora.fast import make_fast
 from qlora.hardware import Hardware, detect
@@ -246,6 +248,16 @@ def test_a_run_says_what_it_will_take(tiny_folder, capsys):
     assert predicted == predict_training(model_config(str(tiny_folder))[0], Job(length=64))
     told = capsys.readouterr().err
     assert "memory     0.0" in told and "weights" in told and "--plan" not in told
+
+
+def test_chat_data_is_planned_by_its_labels(tiny_folder):
+    # It was once planned as if every token were trained on.
+    rows = [{"input_ids": [0] * 9, "labels": [-100] * 6 + [7, 8, 2]}, {"input_ids": [0], "labels": [-100]}]
+    assert most_labels(rows) == 3
+    settings = TrainSettings(model=str(tiny_folder), precision="nf4", max_length=256)
+    whole = replace(settings, objective="lm")
+    few, all_of_them = (predict_run(s, SMALL_MACHINE, labels=3)["peak"] for s in (settings, whole))
+    assert few < all_of_them / 2
 
 
 def test_a_run_that_will_not_fit_is_sent_to_the_plan(capsys):

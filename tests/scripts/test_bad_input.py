@@ -797,3 +797,14 @@ def test_dora_on_int8_is_refused_before_training(tmp_path, tiny_folder, csv):
                 str(tmp_path / "run"),
             ]
         )
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried 2 GiB")])
+def test_out_of_memory_names_what_helps_in_this_script(error, capsys):
+    # Training's flags were once named in inference and merging, too.
+    def main(_):
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        run(main, "do this")
+    assert stopped.value.code == 1 and capsys.readouterr().err == "error: out of memory: do this\n"
