@@ -98,7 +98,7 @@ PACKAGES = """
 ## Packages
 
 Installs what requirements.txt pins, and leaves the installed torch as it is: it is the one that fits the
-machine's driver. Training and tests were run with torch {oldest} and {newest}. The other packages replace
+machine's driver. A short training was run with torch {oldest} and with {newest}. The other packages replace
 those of the same name; pip may then list conflicts with programs that are not used here. PEFT refuses a
 torchao older than 0.16, such as Colab's, so that is removed; nothing here needs it.
 
@@ -190,14 +190,9 @@ if token:
 if MODEL == "auto" and DEVICE == "cpu":
     MODEL = "smollm2-135m"
 elif MODEL == "auto":
-    from huggingface_hub import auth_check
+    from qlora.hub import or_ungated
 
-    try:
-        auth_check("meta-llama/Llama-3.2-1B-Instruct", token=token)
-        MODEL = "llama-3.2-1b"
-    except Exception as error:  # no token, licence not accepted, hub not reached
-        print(f"Llama 3.2 can't be read ({type(error).__name__}): using Qwen2.5")
-        MODEL = "qwen2.5-1.5b"
+    MODEL, _ = or_ungated("llama-3.2-1b", "")  # it says which one and why
 print(f"{MODEL}: {SAMPLES} rows of at most {MAX_LENGTH} tokens to train on, {EVAL_SAMPLES} held out")
 """
 

@@ -256,7 +256,7 @@ def test_the_scripts_take_a_model_with_history_rewritten_and_one_with_capped_log
     done = here(
         "qlora_finetune.py", "--model", model, "--dataset", data, "--output-dir", tmp_path / "run", *flags
     )
-    assert done.returncode == 0 and "guards     all 9 held" in done.stderr, done.stderr
+    assert done.returncode == 0 and "guards     all 10 held" in done.stderr, done.stderr
     assert ("4 training conversations became 12 rows" in done.stderr) is (name == "qwen 3")
     done = here("qlora_inference.py", "--adapter", tmp_path / "run", "--max-new-tokens", 4, "Which film?")
     assert done.returncode == 0, done.stderr

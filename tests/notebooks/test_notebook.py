@@ -129,17 +129,19 @@ def model_cell(device: str) -> dict:
 @pytest.fixture
 def hub(monkeypatch) -> SimpleNamespace:
     """A hub that opens Llama to one token, and notes who asked."""
-    import huggingface_hub
+    from huggingface_hub import get_token
+
+    from qlora import hub
 
     asked = SimpleNamespace(tokens=[])
 
-    def auth_check(name, token):
+    def config_file(name):
         assert name in config.MODELS.values()
-        asked.tokens.append(token)
-        if token != "hf_good":
-            raise OSError("gated")
+        asked.tokens.append(get_token())
+        if get_token() != "hf_good":
+            raise hub.GatedError("gated")
 
-    monkeypatch.setattr(huggingface_hub, "auth_check", auth_check)
+    monkeypatch.setattr(hub, "config_file", config_file)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setitem(sys.modules, "kaggle_secrets", None)
     monkeypatch.setitem(sys.modules, "google.colab", None)
