@@ -105,6 +105,7 @@ CHUNK_POSITIONS = 1024  # positions whose logits exist at once: 1024 x 49152 in 
 
 
 Device = Literal["auto", "cuda", "cpu"]
+Lane = Literal["auto", "fp32", "bf16", "fp16", "libraries"]
 
 
 @dataclass
@@ -114,6 +115,9 @@ class ModelSettings:
     model: str = "auto"
     # auto: an NVIDIA GPU if one can be used, else the CPU. cuda: refuse to run without one.
     device: Device = "auto"
+    # In what a CPU multiplies the frozen weights. auto: fp32, or what wins a short trial by 15%. libraries:
+    # transformers, PEFT and bitsandbytes as they are.
+    lane: Lane = "auto"
     # Tokens per row, prompt and answer together; longer reviews keep their end, where the verdict stands.
     max_length: int = 256
     # Rows per step on each device. Small batches make more updates of the same rows, and fit into 3 GB.
@@ -180,6 +184,9 @@ class InferSettings:
     model: str = "auto"
     # auto: an NVIDIA GPU if one can be used, else the CPU. cuda: refuse to run without one.
     device: Device = "auto"
+    # In what a CPU multiplies the frozen weights. auto: fp32, or what wins a short trial by 15%. libraries:
+    # transformers, PEFT and bitsandbytes as they are.
+    lane: Lane = "auto"
     # auto: what the adapter was trained on (nf4 for the base alone).
     precision: Literal["auto", Precision] = "auto"
     # A file with one prompt per line, answered in batches.

@@ -33,12 +33,25 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
     global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, plan, prompts
-    global report, sharding, sources, BeforeAfter, QLoRATrainer
+    global report, shapes, sharding, sources, BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
 
-    from qlora import adapters, batches, data, fast, files, hardware, hub, loading, lora, prompts, sources
+    from qlora import (
+        adapters,
+        batches,
+        data,
+        fast,
+        files,
+        hardware,
+        hub,
+        loading,
+        lora,
+        prompts,
+        shapes,
+        sources,
+    )
     from qlora.memory import plan
     from qlora.training import guards, report, sharding
     from qlora.training.before_after import BeforeAfter
@@ -105,9 +118,9 @@ def train(run) -> None:
     lora.show_trainable(model)
     if processes.is_sharded():
         sharding.shard_base(model, machine.own_device)
-    note(f"kernels    {fast.make_fast(model)}")
     if s.gradient_checkpointing:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    note(f"kernels    {fast.make_fast(model, machine.lane)}")
 
     # 3. All flags have proved possible: the folder may change. What can the base do? Then train.
     run.begin(s)
@@ -156,18 +169,21 @@ def train(run) -> None:
 
 def choose_model(s: TrainSettings):
     """(settings with the model and precision that `auto` stands for, hardware)"""
-    precision = s.precision
+    precision, sizes = s.precision, shapes.widths(s.model)
     if precision == "auto":
         own_values = s.model.lower().endswith(".gguf")
-        precision = hardware.precision_of(hardware.detect(device=s.device).dtype) if own_values else "nf4"
-    machine = hardware.detect(precision, s.device)
+        found = hardware.detect("nf4", s.device, s.lane, sizes)
+        precision = hardware.precision_of(found.dtype) if own_values else "nf4"
+    machine = hardware.detect(precision, s.device, s.lane, sizes)
     hardware.show(machine)
     processes.meet(machine.device)
+    if (lane := processes.told_by_first(machine.lane)) != machine.lane:  # their trials may differ
+        machine = hardware.detect(precision, s.device, lane, sizes)
     s, model, why = dataclasses.replace(s, precision=precision), s.model, "given"
     if model == "auto":
         model, why = hub.or_ungated(*plan.default_model(machine, plan.training_job(s, machine)))
     note(f"model      {model} ({why}), {precision}")
-    return dataclasses.replace(s, model=model), machine
+    return dataclasses.replace(s, model=model, lane=machine.lane or s.lane), machine
 
 
 def choose_rows(s: TrainSettings, older_run: bool):

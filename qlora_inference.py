@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 model.load_adapter(str(adapter.folder), adapter_name=adapter.peft_name)
             adapters.check_keys(adapter, model)
         note(f"adapter    {adapter.name}")
-    make_fast(model)
+    make_fast(model, machine.lane)
     model.eval()
 
     # 3. Use them.
@@ -124,7 +124,7 @@ def choose_base(s: InferSettings, chosen: list):
     trained, precision = chosen[0].base if chosen else None, s.precision
     if precision == "auto":
         precision = trained.precision if trained else "nf4"
-    machine = hardware.detect(precision, s.device)
+    machine = hardware.detect(precision, s.device, s.lane)
     hardware.show(machine)
     if s.model != "auto":
         return s.model, "given", precision, machine

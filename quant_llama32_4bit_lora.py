@@ -123,7 +123,7 @@ def lesson(s: DemoSettings, machine) -> dict:
 
 def choose_model(asked: DemoSettings):
     """(settings with a model, hardware); raises UserError for what a chosen part could not work with."""
-    machine = hardware.detect(asked.precision, asked.device)
+    machine = hardware.detect(asked.precision, asked.device, asked.lane)
     hardware.show(machine)
     model, why = asked.model, "given"
     if model == "auto":

@@ -71,7 +71,8 @@ def measure(model_name: str, given: dict) -> dict:
     """{"predicted": …, "measured": …, "parts": …} in bytes, for one job on this machine."""
     hardware = detect(given.get("precision", "nf4"))
     capability = hardware.capability or Job.capability
-    job = Job(**given, device=hardware.device, dtype=hardware.dtype, capability=capability)
+    where = {"device": hardware.device, "dtype": hardware.dtype, "lane": hardware.lane or Job.lane}
+    job = Job(**given, **where, capability=capability)
     config = model_config(model_name)[0]
     predicted = predict_training(config, job)
     lm = random_model(config, job) if job.on_gpu else load_base(model_name, job.precision, hardware).model
@@ -92,9 +93,9 @@ def measure(model_name: str, given: dict) -> dict:
 def prepare(lm, job: Job):
     """(a function that takes one training step as the Trainer does and returns the loss, the PEFT model)"""
     model = get_peft_model(lm, lora_config(lm, job))
-    make_fast(model)
     if job.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    make_fast(model, job.lane)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)

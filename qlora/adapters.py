@@ -225,5 +225,5 @@ def load_trained(adapter: Adapter) -> tuple[torch.nn.Module, Base]:
     with fitting(adapter, base.info):
         model = PeftModel.from_pretrained(base.model, adapter.folder, adapter_name=adapter.peft_name)
         check_keys(adapter, model)
-    make_fast(model)
+    make_fast(model, base.hardware.lane)
     return model.eval(), base

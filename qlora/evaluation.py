@@ -13,7 +13,8 @@ from qlora import processes
 from qlora import prompts as p
 from qlora.batches import collate
 from qlora.cli import progress
-from qlora.logits import IGNORE, causal_lm, hidden_states, logits_from
+from qlora.cpu.attach import usable
+from qlora.logits import IGNORE, causal_lm, hidden_states, logits_from, states_at
 from qlora.measures import wilson
 
 # Tokens per evaluation batch: enough to fill a CPU's or a GPU's matrix units, little enough for any memory.
@@ -68,23 +69,31 @@ def _log_p(model, prompts: Ids, answer: list[int], wanted: list[int], autocast, 
     prefix = min(shared_prefix(rows), min(map(len, prompts)) - 1) if len(rows) > 1 else 0
     prefix = prefix if prefix >= SHORTEST_CACHED_PREFIX else 0
     result: list = [None] * len(rows)
+    count = max(1, len(answer))  # positions of a row whose next token is asked for
     with autocast():
-        cache = None
-        if prefix:
+        cache, cut = None, prefix
+        if usable(lm):  # it computes what a batch begins with once by itself
+            cut = 0
+        elif prefix:
             ids = torch.tensor([rows[0][:prefix]], device=device)
             cache = hidden_states(model, ids, use_cache=True).past_key_values
         for batch in _by_length(rows, prefix, device.type):
-            padded = collate([{"input_ids": rows[i][prefix:], "labels": []} for i in batch], 0, PAD_MULTIPLE)
+            padded = collate([{"input_ids": rows[i][cut:], "labels": []} for i in batch], 0, PAD_MULTIPLE)
+            ids = padded["input_ids"].to(device)
+            asked = torch.zeros_like(ids, dtype=torch.bool)
+            for place, i in enumerate(batch):
+                start = len(prompts[i]) - 1 - cut
+                asked[place, start : start + count] = True
             past = copy.deepcopy(cache)
             if past is not None:
                 past.batch_repeat_interleave(len(batch))
-            ids = padded["input_ids"].to(device)
-            out = hidden_states(model, ids, past_key_values=past, use_cache=past is not None)
-            for place, i in enumerate(batch):
-                start = len(prompts[i]) - 1 - prefix
-                end = start + max(1, len(answer))
-                logs = logits_from(lm, out.last_hidden_state[place, start:end]).log_softmax(-1)
-                result[i] = logs[list(range(len(answer))) or 0, wanted].cpu().numpy()
+                out = hidden_states(model, ids, past_key_values=past, use_cache=True)
+                states = out.last_hidden_state[asked]
+            else:
+                states = states_at(model, ids, asked)
+            logs = logits_from(lm, states).log_softmax(-1).view(len(batch), count, -1)
+            for i, of_row in zip(batch, logs.cpu()):
+                result[i] = of_row[list(range(len(answer))) or 0, wanted].numpy()
             progress(len(batch))
     return np.array(result)
 

@@ -11,8 +11,11 @@ import torch
 
 from config import PRECISIONS
 from qlora.cli import UserError, note
+from qlora.cpu import kernels, lanes
 from qlora.cuda import find_trouble
 from qlora.processes import count, is_sharded, local_rank
+
+SIZES = (576, 1536)  # the bundled model's widths
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Hardware:
     capability: tuple[int, int] | None = None  # of a GPU
     not_cuda: str = ""  # why a CPU: "no CUDA device" or "--device cpu"
     unused: str = ""  # what is wrong with a GPU that is here
+    lane: str = ""  # of a CPU: how it computes the products of training (qlora/cpu/lanes.py)
 
     @property
     def loads_to(self) -> str:
@@ -39,19 +43,20 @@ class Hardware:
     def autocast(self):
         """On a GPU, matrix products in `dtype` although adapters are kept in fp32.
 
-        On a CPU it would only add copies: the model is in `dtype`, and qlora/fast.py casts the adapters.
+        On a CPU it would only add copies: the model is in `dtype`, and qlora/cpu computes by its lane.
         """
         sixteen = self.device == "cuda" and self.dtype != torch.float32
         return torch.autocast("cuda", dtype=self.dtype) if sixteen else nullcontext()
 
 
-def detect(precision: str = "nf4", device: str = "auto") -> Hardware:
+def detect(precision: str = "nf4", device: str = "auto", lane: str = "auto", sizes=SIZES) -> Hardware:
     """This process's CUDA device if it can be used, else the CPU.
 
-    It computes in a 16 or 32-bit `precision`, else in bf16 if it can. `device`: auto, cuda or cpu. Raises
-    UserError where `cuda` can't be had.
+    It computes in a 16 or 32-bit `precision`; else a GPU in bf16 if it can, and a CPU as `lane` says.
+    `device`: auto, cuda or cpu. `sizes`: widths of the hidden states and of the MLP, for the trial that
+    chooses a lane. Raises UserError where `cuda` can't be had.
     """
-    found, name = _detect(device), PRECISIONS[precision]
+    found, name = _detect(device, lane, sizes), PRECISIONS[precision]
     asked = getattr(torch, name) if isinstance(name, str) else found.dtype
     why = found.why if asked == found.dtype else f"--precision {precision} asks for it"
     return dataclasses.replace(found, dtype=asked, why=why)
@@ -62,7 +67,7 @@ def precision_of(dtype: torch.dtype) -> str:
     return next(name for name, value in PRECISIONS.items() if value == str(dtype).removeprefix("torch."))
 
 
-def _detect(device: str = "auto") -> Hardware:
+def _detect(device: str = "auto", lane: str = "auto", sizes=SIZES) -> Hardware:
     trouble = find_trouble() if device != "cpu" else None
     if device == "cuda" and trouble:
         raise UserError(f"--device cuda: {trouble.text}")
@@ -71,9 +76,9 @@ def _detect(device: str = "auto") -> Hardware:
     if device == "cpu" or trouble:
         unused = trouble.text if trouble and trouble.card else ""
         why_cpu = "--device cpu" if device == "cpu" else "no CUDA device"
-        dtype, why = cpu_dtype()
+        lane, dtype, why = cpu_lane(lane, sizes)
         memory = psutil.virtual_memory().total / 2**30
-        return Hardware("cpu", _cpu_name(), dtype, f"{why_cpu}; {why}", memory, None, why_cpu, unused)
+        return Hardware("cpu", _cpu_name(), dtype, f"{why_cpu}; {why}", memory, None, why_cpu, unused, lane)
     card = torch.cuda.get_device_properties(local_rank())
     # torch.cuda.is_bf16_supported() also says yes to emulation (T4), which is several times slower than fp16.
     bf16 = (card.major, card.minor) >= (8, 0)
@@ -83,16 +88,17 @@ def _detect(device: str = "auto") -> Hardware:
     return Hardware("cuda", card.name, dtype, why, card.total_memory / 2**30, (card.major, card.minor))
 
 
-def cpu_dtype() -> tuple[torch.dtype, str]:
-    """bf16 where the processor multiplies in it, fp32 elsewhere (emulated bf16 is slower than fp32)."""
-    if torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16, "the processor has AMX, which multiplies in bf16"
-    if torch.cpu._is_avx512_bf16_supported():
-        return torch.bfloat16, "the processor has AVX512-BF16"
-    arm = platform.machine() in ("arm64", "aarch64") and torch.backends.mkldnn.is_available()
-    if arm and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16, "the Arm processor multiplies in bf16"
-    return torch.float32, "the processor has no bf16 arithmetic, so fp32"
+def cpu_lane(lane: str, sizes: tuple[int, int]) -> tuple[str, torch.dtype, str]:
+    """(lane, the dtype in which the libraries compute, why); see qlora/cpu/lanes.py."""
+    why = f"--lane {lane} asks for it"
+    if lane == "fp16" and (missing := kernels.load_half()[1]):
+        raise UserError(f"--lane fp16: {missing}; choose another lane, or leave --lane out")
+    if lane not in lanes.LANES:
+        chosen, why = lanes.choose(*sizes)
+        lane = chosen if lane == "auto" else lane
+    else:
+        chosen = lane
+    return lane, lanes.DTYPES.get(chosen, torch.float32), why
 
 
 def environment(hardware: Hardware) -> dict:
@@ -106,6 +112,7 @@ def environment(hardware: Hardware) -> dict:
         "device_memory_gib": round(hardware.memory_gib, 1),
         "threads": torch.get_num_threads(),
         "dtype": str(hardware.dtype).removeprefix("torch."),
+        "lane": hardware.lane,
         "why": hardware.why,
     }
 

@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from config import CHUNK_POSITIONS
+from qlora.cpu.attach import usable
+from qlora.cpu.head import HeadLoss
 
 IGNORE = -100  # label of a position that is not trained on (torch's cross_entropy ignores it)
 
@@ -32,37 +34,47 @@ def hidden_states(model, input_ids, **kwargs):
 
 def logits_from(lm, hidden) -> torch.Tensor:
     """Logits in fp32 of hidden states, as the model's own forward makes them: the head, and Gemma 2's cap."""
-    logits = lm.get_output_embeddings()(hidden)
+    head = lm.get_output_embeddings()
+    logits = head(hidden.to(head.weight.dtype))  # on a CPU they come in fp32
     if cap := getattr(lm.config, "final_logit_softcapping", None):
         logits = torch.tanh(logits / cap) * cap
     return logits.float()
+
+
+def states_at(model, input_ids, wanted, **kwargs) -> torch.Tensor:
+    """Hidden states (positions, width) where the mask `wanted` (batch, tokens) is true, row by row."""
+    if decoder := usable(causal_lm(model)):
+        return decoder(input_ids, wanted)
+    # Selecting copies the few rows that matter; a slice's strides would make the head a batched product.
+    return hidden_states(model, input_ids, use_cache=False, **kwargs).last_hidden_state[wanted]
 
 
 @torch.no_grad()
 def last_logits(model, input_ids, autocast) -> torch.Tensor:
     """Logits (batch, vocabulary) in fp32 after each row's last position, in evaluation mode."""
     model.eval()
+    last = torch.zeros_like(input_ids, dtype=torch.bool)
+    last[:, -1] = True
     with autocast():
-        hidden = hidden_states(model, input_ids, use_cache=False).last_hidden_state[:, -1]
-        return logits_from(causal_lm(model), hidden)
+        return logits_from(causal_lm(model), states_at(model, input_ids, last))
 
 
-def labelled_positions(hidden, labels):
-    """hidden (batch, tokens, width) -> ((labelled, width), their targets, each the position's next token)."""
+def labelled_states(lm, input_ids, labels, **kwargs):
+    """(hidden states of the labelled positions, their targets, each the position's next token)"""
     targets = labels[:, 1:]
     labelled = targets != IGNORE
-    # Selecting copies the few rows that matter; a slice's strides would make the head a batched product.
-    return hidden[:, :-1][labelled], targets[labelled]
+    return states_at(lm, input_ids, F.pad(labelled, (0, 1)), **kwargs), targets[labelled]
 
 
-def loss_at_labels(lm, pick=labelled_positions) -> None:
+def loss_at_labels(lm, labelled=labelled_states) -> None:
     """Give `lm` a forward that, when labels come, makes logits at the labelled positions only.
 
     The loss is the model's own: mean cross-entropy over labelled positions, or their sum divided by
     `num_items_in_batch` when the Trainer gives it (so that gradient accumulation weighs every token alike).
     It is put on the model, not into a Trainer subclass, so that DDP and FSDP still see one forward call.
     transformers' own logits_to_keep takes the same positions for every row and keeps all of an `lm` row's
-    logits. `pick` is another function where shapes have to be known before there are labels (memory/step.py).
+    logits. `labelled` is another function where shapes have to be known before there are labels
+    (memory/step.py).
     """
     original = lm.forward
 
@@ -70,14 +82,21 @@ def loss_at_labels(lm, pick=labelled_positions) -> None:
         if labels is None:
             return original(input_ids=input_ids, **kwargs)
         kwargs.pop("use_cache", None)
-        hidden = hidden_states(self, input_ids, use_cache=False, **kwargs).last_hidden_state
-        picked, targets = pick(hidden, labels)
-        chunks = zip(picked.split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS))
-        total = sum(_chunk_loss(self, h, t) for h, t in chunks)
+        picked, targets = labelled(self, input_ids, labels, **kwargs)
+        total = _total_loss(self, picked, targets)
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 
     lm.forward = types.MethodType(forward, lm)
+
+
+def _total_loss(lm, hidden, targets):
+    head = lm.get_output_embeddings()
+    plain = head.bias is None and not getattr(lm.config, "final_logit_softcapping", None)
+    if plain and usable(lm) and hidden.requires_grad and not head.weight.requires_grad:
+        return HeadLoss.apply(hidden, targets, head.weight)
+    chunks = zip(hidden.split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS))
+    return sum(_chunk_loss(lm, h, t) for h, t in chunks)
 
 
 def _chunk_loss(lm, hidden, targets):

@@ -1,5 +1,6 @@
 """A model's config without its weights, and its skeleton on the meta device: shapes without data."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from config import MODELS
+from config import BUNDLED, MODELS
 from qlora.cli import UsageError, UserError, first_line
 from qlora.hub import config_file
 from qlora.sources import HUB_ID, LOCAL, locate, read_config
@@ -35,6 +36,14 @@ def model_config(name: str):
         return AutoConfig.from_pretrained(path, **LOCAL), str(path)
     except Exception as error:  # a config can make any line of transformers fail
         raise UserError(f"{path}: not a config that transformers can read ({first_line(error)})") from None
+
+
+def widths(name: str) -> tuple[int, int]:
+    """Of a model's hidden states and of its MLP; the bundled model's where there is no telling."""
+    with contextlib.suppress(UserError, OSError, AttributeError):
+        config = model_config(BUNDLED if name == "auto" else name)[0]
+        return config.hidden_size, config.intermediate_size
+    return widths(BUNDLED)
 
 
 def skeleton(config, dtype: torch.dtype = torch.bfloat16):

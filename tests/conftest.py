@@ -103,6 +103,8 @@ SMALL_RUN = (
     "4",
     "--save-steps",
     "2",
+    "--lane",
+    "fp32",
 )
 
 

@@ -43,6 +43,7 @@ def training_job(settings, hardware: Hardware, labels: int = 2) -> Job:
         length=settings.max_length,
         labels=None if getattr(settings, "objective", "") == "lm" else labels,
         capability=hardware.capability or Job.capability,
+        lane=hardware.lane or Job.lane,
     )
 
 

@@ -30,9 +30,11 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from config import MAX_GRAD_NORM, PAD_MULTIPLE, PRECISIONS
 from qlora import fast
 from qlora.cli import UserError
+from qlora.cpu.attach import usable
+from qlora.cpu.tokens import whole_rows
 from qlora.live_bytes import LiveBytes
 from qlora.loading import never_repack, quantization_config
-from qlora.logits import causal_lm, loss_at_labels
+from qlora.logits import causal_lm, hidden_states, loss_at_labels
 from qlora.lora import lora_config
 from qlora.shapes import skeleton
 
@@ -59,6 +61,7 @@ class Job:
     gradient_checkpointing: bool = False
     labels: int | None = 2  # labelled positions of a row; an answer has two, None: all (objective lm)
     capability: tuple[int, int] = (8, 0)  # compute capability of the GPU
+    lane: str = "fp32"  # of a CPU
 
     lora_alpha: ClassVar[None] = None  # a factor: it takes no memory
 
@@ -74,7 +77,7 @@ class Job:
     def attention(self):
         """The attention that is planned with: what fast.make_fast() lets this device take."""
         if not self.on_gpu:
-            return fast.attention
+            return flash_attention  # torch's own on a CPU
         return flash_attention if fast.has_flash(self.capability, self.dtype) else efficient_attention
 
     def autocast(self):
@@ -88,6 +91,12 @@ def predict_training(config, job: Job) -> dict:
     weights: the frozen base as held; fast_copy: its dequantized values (CPU only); adapters, gradients,
     optimizer: LoRA's; activations: kept from forward to backward; logits: the loss's; temporaries: the rest.
     """
+    return largest(training_phases(config, job))
+
+
+def training_phases(config, job: Job) -> list[dict]:
+    """The same at the peak of the forward pass with the loss, and at that of the rest of the step."""
+    phases = []
     with planned(config, job) as (model, live):
         make_trainable(model, job, live)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -95,16 +104,32 @@ def predict_training(config, job: Job) -> dict:
         live.tag = "activations"
         width = -(-job.length // PAD_MULTIPLE) * PAD_MULTIPLE
         ids = torch.empty(job.batch_size, width, dtype=torch.long)
-        live.start_peak()
-        with job.autocast():
-            loss = model(input_ids=ids, labels=ids).loss
-        live.tag = "temporaries"
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
-        optimizer.step()
+        # A CPU's decoder keeps its buffers from one step to the next.
+        for _ in range(2 if usable(causal_lm(model)) else 1):
+            live.start_peak()
+            with job.autocast():
+                loss = model(input_ids=ids, labels=ids).loss
+            phases = [parts_at_peak(live, job)]
+            live.tag = "temporaries"
+            live.start_peak()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+            del loss
+            phases.append(parts_at_peak(live, job))
+            live.tag = "activations"
+    return phases
+
+
+def parts_at_peak(live: LiveBytes, job: Job) -> dict:
     parts = {kind: live.at_peak.get(kind, 0) for kind in KINDS}
     parts["temporaries"] += live.at_peak.get("workspace", 0) + job.cublas_workspace
     return {**parts, "peak": sum(parts.values())}
+
+
+def largest(phases: list[dict]) -> dict:
+    return max(phases, key=lambda parts: parts.get("peak", 0))
 
 
 def predict_inference(config, job: Job) -> dict:
@@ -142,8 +167,8 @@ def weights_bytes(config, job: Job) -> int:
 def predict(what, config, job: Job) -> dict:
     """`what` (one of the predictions) for all layers; if they are alike, extrapolated from 2 and 3 of them.
 
-    If layers are alike, every figure is a straight line in their number; the parameter count is the check.
-    Raises UserError for experts in a dtype in which torch can't compute them without data.
+    If layers are alike, every figure of a phase is a straight line in their number; the parameter count is
+    the check. Raises UserError for experts in a dtype in which torch can't compute them without data.
     """
     try:
         return _predict(what, config, job)
@@ -155,11 +180,15 @@ def predict(what, config, job: Job) -> dict:
 
 
 def _predict(what, config, job: Job) -> dict:
+    def phases(config) -> list[dict]:
+        return training_phases(config, job) if what is predict_training else [what(config, job)]
+
     layers = config.num_hidden_layers
     if layers <= 3 or not _alike(config.to_json_string(use_diff=False), type(config)):
-        return what(config, job)
-    two, three = (what(first_layers(config, n), job) for n in (2, 3))
-    return {kind: two[kind] + (three[kind] - two[kind]) * (layers - 2) for kind in two}
+        return largest(phases(config))
+    two, three = (phases(first_layers(config, n)) for n in (2, 3))
+    deeper = [{k: a[k] + (b[k] - a[k]) * (layers - 2) for k in a} for a, b in zip(two, three)]
+    return largest(deeper)
 
 
 @functools.cache
@@ -243,28 +272,31 @@ def no_data(gpu: bool) -> Iterator[None]:
     finally:
         products.MatMul8bitFp = cpu_int8
         gc.unfreeze()
-        fast._bias.clear()
 
 
 def make_trainable(model, job: Job, live: LiveBytes) -> None:
-    """Attention, fast path and loss as a training run has them."""
+    """Attention, decoder and loss as a training run has them."""
     lm = causal_lm(model)
     attend(lm, job.attention)
-    if not job.on_gpu and lm.dtype == torch.bfloat16:  # as fast.make_fast asks
-        live.tag = "fast_copy"
-        fast.speed_up_base(lm)
-        fast.speed_up_lora(model)
-
-    def pick(hidden, labels):
-        """As many positions as there will be labels; from here on it is the loss that holds memory."""
-        live.tag = "logits"
-        count = hidden.shape[1] - 1
-        count = count if job.labels is None else min(job.labels, count)
-        return hidden[:, :count].reshape(-1, hidden.shape[-1]).clone(), labels[:, :count].reshape(-1).clone()
-
-    loss_at_labels(lm, pick)
     if job.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    live.tag = "fast_copy"
+    if not job.on_gpu:
+        fast.use_cpu(model, lm, job.lane)
+
+    def labelled(lm, input_ids, labels, **kwargs):
+        """As many positions as there will be labels; from here on it is the loss that holds memory."""
+        count = input_ids.shape[1] - 1
+        count = count if job.labels is None else min(job.labels, count)
+        if decoder := usable(lm):
+            states = decoder.states(whole_rows(input_ids, count))
+        else:
+            states = hidden_states(lm, input_ids, use_cache=False, **kwargs).last_hidden_state
+            states = states[:, :count].reshape(-1, states.shape[-1])
+        live.tag = "logits"
+        return states.clone(), labels[:, :count].reshape(-1).clone()
+
+    loss_at_labels(lm, labelled)
     model.train()
 
 

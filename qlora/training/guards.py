@@ -13,7 +13,7 @@ import torch
 
 from qlora.batches import collate
 from qlora.cli import UserError, note
-from qlora.logits import IGNORE, last_logits
+from qlora.logits import IGNORE, causal_lm, last_logits
 from qlora.measures import relative_error
 from qlora.prompts import PromptFormat, end_ids
 
@@ -200,10 +200,10 @@ def frozen_hash(model) -> str:
         if "lora_" not in name and not tensor.requires_grad:
             digest.update(name.encode())
             digest.update(_bytes(tensor))
-    for module in model.modules():
-        copy = getattr(module, "dequantized", None)  # what a CPU multiplies with
-        if isinstance(copy, torch.Tensor):
-            digest.update(_bytes(copy))
+    decoder = getattr(causal_lm(model), "cpu_decoder", None)
+    dense = [getattr(module, "dequantized", None) for module in model.modules()]
+    for copy in decoder.frozen() if decoder else filter(torch.is_tensor, dense):  # what a CPU multiplies with
+        digest.update(_bytes(copy))
     return digest.hexdigest()
 
 

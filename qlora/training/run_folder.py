@@ -147,6 +147,11 @@ def _check_earlier(settings) -> None:
         # A setting that an older version did not have was at its default.
         before = _as_json(type(settings)()) | {"processes": 1} | _read(out)
         now = _as_json(settings)
+        if before["lane"] not in ("auto", now["lane"]):
+            note(
+                f"note       --lane {before['lane']} -> {now['lane']}: from here on products round otherwise"
+            )
+        before["lane"] = now["lane"]
         changed = [f"--{k.replace('_', '-')} {before[k]} -> {v}" for k, v in now.items() if before[k] != v]
         what = f"the run in {out} began with other settings ({'; '.join(changed)}); leave them out"
         require(not changed, f"--resume: {what}")

@@ -86,14 +86,24 @@ def test_one_process_trains_on_one_of_several_gpus_and_says_so(monkeypatch, caps
 
 
 @pytest.mark.parametrize(
-    "amx, avx512_bf16, dtype",
-    [(True, True, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)],
+    "rates, lane, dtype",
+    [
+        ({"fp32": 100.0, "bf16": 400.0}, "bf16", torch.bfloat16),
+        ({"fp32": 100.0, "bf16": 110.0}, "fp32", torch.float32),  # not by enough
+        ({"fp32": 124.0, "bf16": 73.0}, "fp32", torch.float32),  # a Xeon whose flags name AVX512-BF16
+    ],
 )
-def test_dtype_by_processor(monkeypatch, amx, avx512_bf16, dtype):
+def test_a_trial_chooses_a_processors_products(monkeypatch, rates, lane, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
-    monkeypatch.setattr(hardware.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(hardware.lanes, "trial", lambda width, between: rates)
     found = hardware.detect()
-    assert (found.device, found.dtype) == ("cpu", dtype)
+    assert (found.device, found.lane, found.dtype) == ("cpu", lane, dtype)
+    assert f"bf16 {rates['bf16']:.0f} GFLOP/s" in found.why
+    assert hardware.detect("int8", lane="bf16").lane == "bf16", "--lane overrides it"
+    assert hardware.detect("fp32").dtype == torch.float32 and hardware.detect("fp32").lane == lane
     assert default_model(found) == ("smollm2-135m", "no CUDA device")
+
+
+def test_the_trial_times_every_lane():
+    found = hardware.lanes.trial(64, 96)
+    assert found.keys() == hardware.lanes.DTYPES.keys() and min(found.values()) > 0

@@ -26,6 +26,7 @@ MEETING = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node")
 # 30 rows in batches of 4: two rows of the last one are blank, one process's share.
 SMALL = ("--samples", 30, "--eval-samples", 7, "--max-length", 96, "--precision", "fp32", "--save-steps", 3)
+SMALL += ("--lane", "fp32")
 
 
 def start(count: int, *flags) -> subprocess.Popen:

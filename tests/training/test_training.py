@@ -51,21 +51,38 @@ LONG_RUN = (
     "2",
     "--save-steps",
     "5",
-    "--lora-dropout",
-    "0.1",
+    "--lane",
+    "fp32",
 )
+DROPOUT = ("--lora-dropout", "0.1")  # by the libraries' layers, and the random state counts
+
+
+def whole_run(folder, model, *flags):
+    done = here("qlora_finetune.py", "--model", model, "--output-dir", folder / "run", *LONG_RUN, *flags)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, tiny_folder):
-    out = tmp_path_factory.mktemp("uninterrupted") / "run"
-    done = here("qlora_finetune.py", "--model", tiny_folder, "--output-dir", out, *LONG_RUN)
-    assert done.returncode == 0, done.stderr
-    return out
+    return whole_run(tmp_path_factory.mktemp("uninterrupted"), tiny_folder)
+
+
+def test_a_runs_lane_is_kept_and_another_one_is_told(uninterrupted, tmp_path):
+    settings = json.loads((uninterrupted / "settings.json").read_text())
+    assert settings["lane"] == "fp32" == report(uninterrupted)["settings"]["lane"]
+    run = shutil.copytree(uninterrupted, tmp_path / "run")
+    (run / "report.json").unlink()
+    done = here("qlora_finetune.py", "--output-dir", run, "--resume")
+    assert done.returncode == 0 and "--lane fp32 asks for it" in done.stderr, done.stderr
+    (run / "report.json").unlink()
+    done = here("qlora_finetune.py", "--output-dir", run, "--resume", "--lane", "bf16")
+    assert done.returncode == 0 and "--lane fp32 -> bf16: from here on" in done.stderr, done.stderr
+    assert json.loads((run / "settings.json").read_text())["lane"] == "bf16"
 
 
 def test_killed_run_resumes_to_the_same_bytes(uninterrupted, tiny_folder, tmp_path):
-    # Dropout is on, so the random state has to be resumed too. Two kills at different moments.
+    # Two kills at different moments.
     out = tmp_path / "run"
     for flags, checkpoint in ((LONG_RUN, "checkpoint-10"), (["--resume"], "checkpoint-30")):
         process = start(out, tiny_folder, *flags)
@@ -149,9 +166,9 @@ def test_ctrl_c_before_an_earlier_run_is_overwritten_names_no_resume(uninterrupt
     )
 
 
-def test_ctrl_c_saves_and_says_how_to_resume(uninterrupted, tiny_folder, tmp_path):
-    out = tmp_path / "run"
-    process = start(out, tiny_folder, *LONG_RUN)
+def test_ctrl_c_saves_and_says_how_to_resume(tiny_folder, tmp_path):
+    uninterrupted, out = whole_run(tmp_path / "whole", tiny_folder, *DROPOUT), tmp_path / "run"
+    process = start(out, tiny_folder, *LONG_RUN, *DROPOUT)
     wait_for(out / "checkpoint-5", process)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
