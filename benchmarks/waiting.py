@@ -19,13 +19,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from training_speed import CENTRE, STEPS
+
 ROUNDS = 3
 TURNS = ("300000", "20000", "1000", "0")  # libgomp's default … sleep at once
 
 
 def train(turns: str, busy: bool) -> dict:
-    """One run of training_speed.py's `fast` variant in a process of its own."""
-    command = [sys.executable, str(Path(__file__).parent / "training_speed.py"), "fast"]
+    """One run of training_speed.py's `ours` in a process of its own."""
+    script = str(Path(__file__).parent / "training_speed.py")
+    command = [sys.executable, script, "--one", "ours", json.dumps(CENTRE), str(STEPS)]
     environment = {**os.environ, "GOMP_SPINCOUNT": turns}
     other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
     try:

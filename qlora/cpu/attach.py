@@ -1,7 +1,5 @@
 """Whether the decoder of this folder can take a model's place, and the trial that chooses its products."""
 
-from __future__ import annotations
-
 import psutil
 import torch
 
@@ -19,9 +17,8 @@ def attach(model, lm, lane: str) -> tuple[Decoder | None, str]:
     """(the decoder that is now in `lm.cpu_decoder`, how it computes) or (None, why not)."""
     if reason := why_not(model, lm, lane):
         return None, reason
-    decoder = Decoder(lm, lane)
-    lm.cpu_decoder = decoder
-    return decoder, decoder.how
+    lm.cpu_decoder = Decoder(lm, lane)
+    return lm.cpu_decoder, lm.cpu_decoder.how
 
 
 def why_not(model, lm, lane: str) -> str:

@@ -1,7 +1,5 @@
 """kernels.cpp and half_products.cpp, called with the pointers and sizes of tensors."""
 
-from __future__ import annotations
-
 import ctypes
 from ctypes import c_float, c_long, c_void_p
 
@@ -9,7 +7,6 @@ KINDS = {"p": c_void_p, "l": c_long, "f": c_float}
 # What each takes: p a pointer, l a long, f a float.
 SIGNATURES = {
     "rms_norm": "pplpfppp" + "ll",
-    "rms_again": "pppp" + "ll",
     "rms_backward": "pppppl" + "pl" + "ll",
     "gate_up": "plp" + "ll",
     "gate_up_backward": "ppl" + "pl" + "ll",
@@ -59,9 +56,6 @@ class Kernels(Library):
         both = None if total is None else total.data_ptr()
         out = y.data_ptr(), scale.data_ptr()
         self._rms_norm(x.data_ptr(), *more, weight.data_ptr(), eps, both, *out, *x.shape)
-
-    def rms_again(self, total, weight, scale, y):
-        self._rms_again(*pointers(total, weight, scale, y), *total.shape)
 
     def rms_backward(self, dy, total, weight, scale, residual, out):
         first = pointers(dy, total, weight, scale)

@@ -6,8 +6,6 @@ again (norms' and gates' outputs, attention's probabilities) is not kept. Of the
 positions go through o_proj and the MLP.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora.cpu import kernels
-from qlora.cpu.lanes import DTYPES
+from qlora.cpu.lanes import group_of
 from qlora.cpu.products import Group, HalfGroup, Lora, Pool
 from qlora.cpu.tokens import FlatRows, flatten
 
@@ -42,8 +40,7 @@ class Layer:
         self.groups: dict[str, Group] = {}
         for name, modules in self.modules.items():
             layers, rank = [base_layer(m) for m in modules], sum(largest_rank(m) for m in modules)
-            half = lane == "fp16"
-            self.groups[name] = HalfGroup(layers, rank) if half else Group(layers, DTYPES[lane], rank)
+            self.groups[name] = group_of(layers, lane, rank)
         self.qkv, self.o, self.gate_up, self.down = self.groups.values()
 
     def dense(self) -> Iterator[tuple[torch.Tensor, torch.nn.Linear]]:
@@ -184,7 +181,7 @@ class Decoder:
             dboth = layer.gate_up.gradient_buffer(pool, "dboth", tokens)
             k.gate_up_backward(dgated, e.gate_up, dboth)
             normed = pool("normed", tokens, self.width)
-            k.rms_again(e.middle, layer.mlp_norm, e.mlp_scale, normed)
+            k.rms_norm(e.middle, None, layer.mlp_norm, self.eps, None, normed, e.mlp_scale)
             dnormed, g_gate_up = layer.gate_up.down(dboth, normed, e.low_gate_up, pool, "dnormed")
             dmiddle = layer.o.gradient_buffer(pool, "dmiddle", tokens)
             k.rms_backward(dnormed, e.middle, layer.mlp_norm, e.mlp_scale, d, dmiddle)
@@ -198,7 +195,7 @@ class Decoder:
             dqkv = layer.qkv.gradient_buffer(pool, "dqkv", tokens)
             self._attend_backward(dheads, e.attended, rows, pool, dqkv)
             normed = pool("normed", tokens, self.width)
-            k.rms_again(e.x, layer.norm, e.scale, normed)
+            k.rms_norm(e.x, None, layer.norm, self.eps, None, normed, e.scale)
             dnormed, g_qkv = layer.qkv.down(dqkv, normed, e.low_qkv, pool, "dnormed" if i else None)
             every.append(g_qkv + g_o + g_gate_up + g_down)
             if i:
@@ -261,7 +258,7 @@ class Function(torch.autograd.Function):
 
 
 def blocks(length: int) -> list[tuple[int, int]]:
-    """300 -> [(0, 128), (128, 256), (256, 300)]"""
+    """100 -> [(0, 64), (64, 100)]"""
     return [(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
 
 

@@ -72,16 +72,6 @@ void rms_norm(const float* x, const float* add, long ldadd, const float* weight,
     }
 }
 
-// The norm's output again, from the sum and the scale that were kept.
-void rms_again(const float* sum, const float* weight, const float* scale, float* y, long tokens, long width) {
-#pragma omp parallel for schedule(static)
-    for (long t = 0; t < tokens; t++) {
-        const float k = scale[t];
-#pragma omp simd
-        for (long j = 0; j < width; j++) y[t * width + j] = sum[t * width + j] * k * weight[j];
-    }
-}
-
 // out = residual + the norm's gradient to its input.
 void rms_backward(const float* dy, const float* sum, const float* weight, const float* scale, const float* residual,
                   long ldres, float* out, long ldout, long tokens, long width) {

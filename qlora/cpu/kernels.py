@@ -3,8 +3,6 @@
 kernels.cpp is compiled once for this processor and kept; without a compiler plain.py does the same in torch.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import os
@@ -29,7 +27,6 @@ SECONDS = 120  # a compiler that takes longer is not waited for
 OPERATORS = {
     "rms_norm": "Tensor x, Tensor? add, Tensor weight, float eps, Tensor(a!)? total, Tensor(b!) y, "
     "Tensor(c!) scale",
-    "rms_again": "Tensor total, Tensor weight, Tensor scale, Tensor(a!) y",
     "rms_backward": "Tensor dy, Tensor total, Tensor weight, Tensor scale, Tensor residual, Tensor(a!) out",
     "gate_up": "Tensor both, Tensor(a!) y",
     "gate_up_backward": "Tensor dy, Tensor both, Tensor(a!) dboth",
@@ -55,10 +52,8 @@ def load() -> tuple[object, str]:
     """(the operators, how they are computed, in words), compiled if that is possible here."""
     try:
         made, how = Kernels(str(library(SOURCE))), "compiled kernels"
-    except CannotCompile as reason:
+    except (CannotCompile, OSError) as reason:  # OSError: what was compiled can't be loaded
         made, how = plain, f"kernels in torch, slower: {reason}"
-    except OSError as error:  # what is kept can't be loaded
-        made, how = plain, f"kernels in torch, slower: {error}"
     _implement(made, OPERATORS)
     return torch.ops.qlora_cpu, how
 
@@ -113,10 +108,8 @@ def library(source: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if _is_ours(folder):
-            for kept in folder.glob(f"{key}-*.so"):
-                if (
-                    kept.stem == f"{key}-{_sha256(kept.read_bytes())}"
-                ):  # loading a damaged one kills the process
+            for kept in folder.glob(f"{key}-*.so"):  # to load a damaged one would kill the process
+                if kept.stem == f"{key}-{_sha256(kept.read_bytes())}":
                     return kept
             with tempfile.TemporaryDirectory(dir=folder) as aside:
                 made = _compile(compiler, source, runtime, Path(aside))
@@ -135,14 +128,11 @@ def _sha256(content: bytes) -> str:
 
 
 def _compile(compiler: str, source: Path, runtime: Path | None, folder: Path) -> Path:
-    out, parallel = folder / "kernels.so", ["-fopenmp"] if runtime else []
     # Linked with torch's own OpenMP: a second one would bring threads that get in the way of the first's.
-    linked = [str(runtime)] if runtime else []
-    steps = [
-        [compiler, *FLAGS, *parallel, "-c", str(source), "-o", str(folder / "kernels.o")],
-        [compiler, "-shared", str(folder / "kernels.o"), "-o", str(out), *linked],
-    ]
-    for command in steps:
+    parallel, linked = (["-fopenmp"], [str(runtime)]) if runtime else ([], [])
+    made, out = folder / "kernels.o", folder / "kernels.so"
+    compile_it = [compiler, *FLAGS, *parallel, "-c", str(source), "-o", str(made)]
+    for command in compile_it, [compiler, "-shared", str(made), "-o", str(out), *linked]:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
         except subprocess.TimeoutExpired:

@@ -5,8 +5,6 @@ is torch's as well: several times faster where the processor has AMX, slower tha
 bf16 among their flags. fp16 is half_products.cpp, for processors that calculate in fp16.
 """
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable
@@ -14,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from qlora.cpu import kernels
+from qlora.cpu.products import Group, HalfGroup, Pool
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LANES = (*DTYPES, "fp16")
@@ -23,6 +22,7 @@ HOPELESS = 3.0  # times as slow as the best so far: not tried again
 
 
 @functools.cache
+@torch.no_grad()
 def trial(width: int, between: int) -> dict[str, float]:
     """GFLOP/s of each lane for a layer's gate and up products, forward and backward."""
     out, found = 2 * between, {}
@@ -42,36 +42,25 @@ def trial(width: int, between: int) -> dict[str, float]:
 
 
 def candidates(tokens: int, width: int, out: int) -> dict[str, Callable]:
-    """The products of each lane that is to be had here: y = x W^T and dx = dy W."""
-    x, weight, dy = (torch.randn(s) for s in ((tokens, width), (out, width), (tokens, out)))
+    """What a training step does with one matrix, by each lane that is to be had here."""
+    layer, found = torch.nn.Linear(width, out, bias=False), {}
+    x, dy = torch.randn(tokens, width), torch.randn(tokens, out)
+    for lane in LANES if kernels.load_half()[0] else DTYPES:
+        group, pool = group_of([layer], lane, 0), Pool()
+        d = group.gradient_buffer(pool, "d", tokens).copy_(dy)
 
-    def torchs(dtype):
-        a, b, c = (t.to(dtype) for t in (x, weight, dy))
-        return lambda: (a @ b.t(), c @ b)
+        def run(group=group, pool=pool, d=d):
+            _, low = group.up(x, pool, "y", "low")
+            group.down(d, x, low, pool, "dx")
 
-    found: dict[str, Callable] = {lane: torchs(dtype) for lane, dtype in DTYPES.items()}
-    if half := half_products(weight):
-        found["fp16"] = lambda: half(x, dy)
+        found[lane] = run
     return found
 
 
-def half_products(weight) -> Callable | None:
-    """(x, dy) -> x W^T and dy W by half_products.cpp; None where it is not to be had."""
-    operators, _ = kernels.load_half()
-    if operators is None:
-        return None
-    largest, packed = weight.abs().max().item(), []
-    for each in (weight, weight.t()):
-        packed.append(torch.empty(kernels.packed_size(*each.shape), dtype=torch.float16))
-        operators.half_pack(each, largest, packed[-1])
-
-    def products(x, dy):
-        both = torch.empty(len(x), len(weight)), torch.empty_like(x)
-        operators.half_product(x, packed[0], largest, both[0])
-        operators.half_product(dy, packed[1], largest, both[1])
-        return both
-
-    return products
+def group_of(layers: list[torch.nn.Linear], lane: str, rank: int) -> Group:
+    """Linear layers with one input, and room for LoRA of this rank altogether."""
+    kind = HalfGroup if lane == "fp16" else Group
+    return kind(layers, DTYPES.get(lane, torch.float32), rank)
 
 
 def choose(width: int, between: int) -> tuple[str, str]:

@@ -10,10 +10,6 @@ def rms_norm(x, add, weight, eps, total, y, scale) -> None:
     torch.mul(x, scale[:, None], out=y).mul_(weight)
 
 
-def rms_again(total, weight, scale, y) -> None:
-    torch.mul(total, scale[:, None], out=y).mul_(weight)
-
-
 def rms_backward(dy, total, weight, scale, residual, out) -> None:
     d = dy * weight
     along = (d * total).mean(-1, keepdim=True) * scale[:, None] ** 3

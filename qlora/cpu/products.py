@@ -6,8 +6,6 @@ is summed in fp32 whatever the products are computed in: added to 16-bit outputs
 contribution would be rounded away.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -55,25 +53,20 @@ class Group:
     """
 
     def __init__(self, layers: list[torch.nn.Linear], dtype: torch.dtype, rank: int):
-        self.outs, self.inputs, self.dtype = [m.out_features for m in layers], layers[0].in_features, dtype
-        self.out, self.rank = sum(self.outs), rank
-        self.matrix = torch.zeros(self.out + rank, self.inputs, dtype=dtype)
+        self.outs, self.inputs = [m.out_features for m in layers], layers[0].in_features
+        self.out, self.rank, self.dtype = sum(self.outs), rank, dtype
+        biases = [torch.zeros(m.out_features) if m.bias is None else m.bias.detach().float() for m in layers]
+        self.bias = None if all(m.bias is None for m in layers) else torch.cat(biases)
+        self.parts: list[tuple] = []  # of an adapter: columns of y, columns of x A^T, scaling * B, scaling
+        self.used = 0  # rows of A
+        self.hold(layers)
+
+    def hold(self, layers: list[torch.nn.Linear]) -> None:
+        """Copy the frozen values, and make room for A, which begins at row `first`."""
+        self.first = self.out
+        self.matrix = torch.zeros(self.out + self.rank, self.inputs, dtype=self.dtype)
         for part, layer in zip(self.matrix[: self.out].split(self.outs), layers):
             part.copy_(dequantized(layer).detach())
-        self._keep(layers)
-
-    def _keep(self, layers: list[torch.nn.Linear]) -> None:
-        self.bias = None
-        if any(m.bias is not None for m in layers):
-            self.bias = torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias for m in layers])
-            self.bias = self.bias.detach().float()
-        self.parts: list[tuple] = []  # of an adapter: columns of y, columns of x A^T, scaling * B, scaling
-        self.used = 0
-
-    @property
-    def first(self) -> int:
-        """Row of `matrix` at which A begins."""
-        return self.out
 
     def frozen(self) -> list[torch.Tensor]:
         """What is multiplied with and must not change."""
@@ -154,14 +147,8 @@ class HalfGroup(Group):
     The weights are packed twice, for the way forward and the way back; `matrix` (rank, in) is the A of each.
     """
 
-    def __init__(self, layers: list[torch.nn.Linear], rank: int):
-        self.outs, self.inputs, self.dtype = (
-            [m.out_features for m in layers],
-            layers[0].in_features,
-            torch.float32,
-        )
-        self.out, self.rank = sum(self.outs), rank
-        self.matrix = torch.zeros(rank, self.inputs)
+    def hold(self, layers: list[torch.nn.Linear]) -> None:
+        self.first, self.matrix = 0, torch.zeros(self.rank, self.inputs)
         weights = torch.cat([dequantized(m).detach().float() for m in layers])
         self.kernels, _ = kernels.load_half()
         # A power of two: what it divides keeps its digits.
@@ -170,11 +157,6 @@ class HalfGroup(Group):
         self.forth, self.back = (torch.empty(kernels.packed_size(*s), dtype=torch.float16) for s in sizes)
         self.kernels.half_pack(weights, self.largest, self.forth)
         self.kernels.half_pack(weights.t(), self.largest, self.back)
-        self._keep(layers)
-
-    @property
-    def first(self) -> int:
-        return 0
 
     def frozen(self) -> list[torch.Tensor]:
         return [self.forth, self.back]

@@ -1,7 +1,5 @@
 """Rows of tokens end to end: no padding, a common beginning once, nothing after the last wanted position."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

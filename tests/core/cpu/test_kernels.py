@@ -50,10 +50,11 @@ def cases(rows) -> dict:
     angles = numbers(30, D // 2), numbers(30, D // 2)
     heads = numbers(units, length * PER, D), numbers(units, length, D), numbers(units, length, D)
     scores, logsum = numbers(units, 6 * PER, 16), numbers(units, length * PER)[:, : 6 * PER]
+    sums = torch.empty(units, 6 * PER)
+    plain.softmax(scores.clone(), 0.7, sums, PER, 10)  # what softmax_backward is given
     where = rows.place, rows.owner
     return {
         "rms_norm": ((x, wide, weight, 1e-5, out, numbers(n, WIDTH), scale), (4, 5, 6)),
-        "rms_again": ((x, weight, scale, out), (3,)),
         "rms_backward": ((x, numbers(n, WIDTH), weight, scale, wide, longer), (5,)),
         "gate_up": ((wide * 9, half), (1,)),
         "gate_up_backward": ((half, wide * 9, longer), (2,)),
@@ -62,7 +63,7 @@ def cases(rows) -> dict:
         "heads_to_flat": ((heads[0], rows.owner, flat, length), (2,)),
         "flat_to_heads": ((flat, *where, heads[0]), (3,)),
         "softmax": ((scores, 0.7, logsum, PER, 10), (0, 2)),
-        "softmax_backward": ((scores, numbers(*scores.shape), 0.7, logsum, PER, 10), (0, 1)),
+        "softmax_backward": ((scores, numbers(*scores.shape), 0.7, sums, PER, 10), (0, 1)),
     }
 
 
