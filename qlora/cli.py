@@ -9,6 +9,7 @@ import pickle
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from urllib.parse import urlsplit
 
@@ -209,4 +210,6 @@ def fail(message: str, code: int) -> None:
     note(f"error: {message}" if code != 130 else message)
     if _process and code == 1:  # the first one says the rest
         print(f"error: process {_process}: {message}", file=sys.stderr, flush=True)
+    elif _process and code == 2:  # it says the same: when one ends, torchrun stops the others
+        time.sleep(2)
     sys.exit(code)
