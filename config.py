@@ -128,7 +128,7 @@ class ModelSettings:
     lora_r: int = 16
     # The update is scaled by alpha/r (rslora: alpha/sqrt(r)). Default: 2r.
     lora_alpha: Optional[int] = None
-    # Dropout before A. A single epoch needs none, and zero allows the fast path.
+    # Dropout before A. A single epoch needs none; with it a CPU leaves the layers to the libraries, slower.
     lora_dropout: float = 0.0
     # all-linear, attention, module names (q_proj,v_proj), lite (attention, r 32) or full (all-linear, r 256).
     target_modules: str = "all-linear"

@@ -170,10 +170,10 @@ def train(run) -> None:
 def choose_model(s: TrainSettings):
     """(settings with the model and precision that `auto` stands for, hardware)"""
     precision, sizes = s.precision, shapes.widths(s.model)
-    if precision == "auto":
-        own_values = s.model.lower().endswith(".gguf")
-        found = hardware.detect("nf4", s.device, s.lane, sizes)
-        precision = hardware.precision_of(found.dtype) if own_values else "nf4"
+    if precision == "auto" and s.model.lower().endswith(".gguf"):  # its own values
+        precision = hardware.precision_of(hardware.detect("nf4", s.device, s.lane, sizes).dtype)
+    elif precision == "auto":
+        precision = "nf4"
     machine = hardware.detect(precision, s.device, s.lane, sizes)
     hardware.show(machine)
     processes.meet(machine.device)

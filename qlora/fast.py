@@ -25,8 +25,10 @@ def make_fast(model, lane: str = "fp32") -> str:
     loss_at_labels(lm)
     if lm.device.type == "cuda" and not has_flash(torch.cuda.get_device_capability(lm.device), lm.dtype):
         return repeat_keys(lm)
-    if lm.device.type != "cpu" or is_sharded():
+    if lm.device.type != "cpu":
         return "the libraries' own"
+    if is_sharded():
+        return "the libraries' own: the base is sharded"
     return use_cpu(model, lm, lane)
 
 

@@ -92,7 +92,7 @@ def cpu_lane(lane: str, sizes: tuple[int, int]) -> tuple[str, torch.dtype, str]:
     """(lane, the dtype in which the libraries compute, why); see qlora/cpu/lanes.py."""
     why = f"--lane {lane} asks for it"
     if lane == "fp16" and (missing := kernels.load_half()[1]):
-        raise UserError(f"--lane fp16: {missing}; choose another lane, or leave --lane out")
+        raise UserError(f"--lane fp16: {missing}; choose another --lane")
     if lane not in lanes.LANES:
         chosen, why = lanes.choose(*sizes)
         lane = chosen if lane == "auto" else lane

@@ -19,7 +19,7 @@ typedef _Float16 half;
 typedef half Halves __attribute__((vector_size(64)));
 typedef uint32_t Pairs __attribute__((vector_size(64)));
 
-constexpr long ROWS = 8, VECTORS = 3, WIDE = 32, COLUMNS = VECTORS * WIDE;  // a tile: 24 of 32 registers are sums
+constexpr long ROWS = 8, WIDE = 32, COLUMNS = 96, VECTORS = COLUMNS / WIDE;  // a tile: 24 of 32 registers are sums
 constexpr long TERMS = 96;      // products that are summed in fp16
 constexpr long BLOCK = 96;      // rows of x that are converted at once: they stay in the core's own cache
 constexpr float LARGEST = 32;   // 96 terms of at most 32 x 1 stay far below 65504
@@ -99,9 +99,6 @@ void convert(const float* x, long ldx, long rows, long width, float largest_weig
 }  // namespace
 
 extern "C" {
-
-// Numbers that `pack` writes for W (out, in).
-long packed_size(long out, long in) { return (out + COLUMNS - 1) / COLUMNS * COLUMNS * in; }
 
 // W, whose number (o, k) is at w[o * stride_out + k * stride_in], divided by `largest`: panels of COLUMNS outputs.
 void pack(const float* w, long stride_out, long stride_in, long out, long in, float largest, uint16_t* packed) {

@@ -3,6 +3,7 @@
 kernels.cpp is compiled once for this processor and kept; without a compiler plain.py does the same in torch.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -105,7 +106,7 @@ def library(source: Path) -> Path:
     made_from = [source.read_text(), *FLAGS, version, _processor(), str(runtime)]
     key = _sha256("\0".join(made_from).encode())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora-kernels"
-    try:
+    with contextlib.suppress(OSError):  # read-only or full: then it is made again in each process
         folder.mkdir(parents=True, exist_ok=True)
         if _is_ours(folder):
             for kept in folder.glob(f"{key}-*.so"):  # to load a damaged one would kill the process
@@ -114,8 +115,6 @@ def library(source: Path) -> Path:
             with tempfile.TemporaryDirectory(dir=folder) as aside:
                 made = _compile(compiler, source, runtime, Path(aside))
                 return made.replace(folder / f"{key}-{_sha256(made.read_bytes())}.so")
-    except OSError:
-        pass  # the cache is read-only or full
     _aside.append(tempfile.TemporaryDirectory())
     return _compile(compiler, source, runtime, Path(_aside[-1].name))
 

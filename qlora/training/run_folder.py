@@ -148,9 +148,8 @@ def _check_earlier(settings) -> None:
         before = _as_json(type(settings)()) | {"processes": 1} | _read(out)
         now = _as_json(settings)
         if before["lane"] not in ("auto", now["lane"]):
-            note(
-                f"note       --lane {before['lane']} -> {now['lane']}: from here on products round otherwise"
-            )
+            lanes = f"--lane {before['lane']} -> {now['lane']}"
+            note(f"note       {lanes}: from here on products may round otherwise")
         before["lane"] = now["lane"]
         changed = [f"--{k.replace('_', '-')} {before[k]} -> {v}" for k, v in now.items() if before[k] != v]
         what = f"the run in {out} began with other settings ({'; '.join(changed)}); leave them out"

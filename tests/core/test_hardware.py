@@ -104,6 +104,14 @@ def test_a_trial_chooses_a_processors_products(monkeypatch, rates, lane, dtype):
     assert default_model(found) == ("smollm2-135m", "no CUDA device")
 
 
+def test_several_processes_take_the_lane_of_the_first(monkeypatch):
+    qlora_finetune.import_libraries()
+    monkeypatch.setattr(hardware.lanes, "trial", lambda width, between: {"fp32": 100.0, "bf16": 90.0})
+    monkeypatch.setattr(processes, "told_by_first", lambda lane: "bf16")
+    settings, machine = qlora_finetune.choose_model(TrainSettings(device="cpu"))
+    assert (settings.lane, machine.lane, machine.dtype) == ("bf16", "bf16", torch.bfloat16)
+
+
 def test_the_trial_times_every_lane():
     found = hardware.lanes.trial(64, 96)
     assert found.keys() == hardware.lanes.DTYPES.keys() and min(found.values()) > 0

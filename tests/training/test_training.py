@@ -75,9 +75,11 @@ def test_a_runs_lane_is_kept_and_another_one_is_told(uninterrupted, tmp_path):
     (run / "report.json").unlink()
     done = here("qlora_finetune.py", "--output-dir", run, "--resume")
     assert done.returncode == 0 and "--lane fp32 asks for it" in done.stderr, done.stderr
+    assert "kernels    fp32 products, own decoder" in done.stderr
     (run / "report.json").unlink()
     done = here("qlora_finetune.py", "--output-dir", run, "--resume", "--lane", "bf16")
     assert done.returncode == 0 and "--lane fp32 -> bf16: from here on" in done.stderr, done.stderr
+    assert "kernels    bf16 products, own decoder" in done.stderr
     assert json.loads((run / "settings.json").read_text())["lane"] == "bf16"
 
 

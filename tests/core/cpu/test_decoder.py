@@ -10,6 +10,7 @@ from qlora.cli import UserError
 from qlora.cpu import attach, kernels, plain
 from qlora.cpu.lanes import DTYPES
 from qlora.cpu.products import Group, Lora, Pool
+from qlora.evaluation import perplexity, score_labels
 from qlora.hardware import detect
 from qlora.loading import load_base
 from qlora.logits import last_logits, loss_at_labels
@@ -67,6 +68,11 @@ def worst(found: dict, exact: dict) -> float:
     return max(((found[n] - exact[n]).norm() / exact[n].norm()).item() for n in exact)
 
 
+def without_the_libraries(model) -> None:
+    """Their layers give what ours are compared with: it has to be seen that it is not they that compute."""
+    model.get_base_model().model.forward = lambda *args, **kwargs: pytest.fail("the libraries' layers ran")
+
+
 def plainly(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "load", lambda: (plain, "in torch"))
 
@@ -79,6 +85,7 @@ def test_loss_and_gradients_are_the_libraries_own(monkeypatch, kind, made):
     model = adapted(kind)
     loss, exact = loss_and_gradients(model)
     assert fast.make_fast(model).startswith("fp32 products, own decoder")
+    without_the_libraries(model)
     for _ in range(2):  # the second time in buffers of the first
         mine, found = loss_and_gradients(model)
         assert mine == pytest.approx(loss, rel=1e-5) and worst(found, exact) < 3e-5
@@ -107,6 +114,22 @@ def test_all_tokens_labelled_as_in_the_objective_lm():
     fast.make_fast(model)
     mine, found = loss_and_gradients(model, {"input_ids": ids, "labels": ids})
     assert mine == pytest.approx(loss, rel=1e-5) and worst(found, exact) < 3e-5
+
+
+@pytest.mark.parametrize("answers", [[[7], [9]], [[7, 8], [7, 9]]], ids=["one token", "longer"])
+def test_scores_and_perplexity_are_the_libraries_own(answers):
+    model, rows = adapted(), batch()["input_ids"].tolist()
+    prompts = [rows[0][:140], rows[1][:40], rows[2][:90]]
+    examples = [{"input_ids": row, "labels": [-100] * 100 + row[100:]} for row in rows]
+    ask = lambda: (
+        score_labels(model, prompts, answers, detect().autocast),
+        perplexity(model, examples, detect().autocast)["loss"],
+    )
+    scores, loss = ask()
+    fast.make_fast(model)
+    without_the_libraries(model)
+    found, mine = ask()
+    assert found == pytest.approx(scores, rel=1e-4) and mine == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"], ["up_proj", "o_proj"]])

@@ -88,6 +88,11 @@ def test_a_compiled_kernel_equals_torch(compiled, rows, name):
         torch.testing.assert_close(arguments[i], other[i], rtol=2e-5, atol=2e-5)
 
 
+def test_both_languages_pack_panels_of_the_same_width():
+    """Too small a buffer would be written over."""
+    assert f"COLUMNS = {kernels.PANEL}," in kernels.HALF_SOURCE.read_text()
+
+
 def test_not_a_number_stays_one(compiled):
     """The guards look for it: a kernel that turns it into a number would hide a run that diverged."""
     bad = torch.full((2, WIDTH), float("nan"))
