@@ -28,6 +28,11 @@ figures: .venv/installed  ## fill the measured numbers into README, docs and the
 results: .venv/installed  ## measure again (several hours; all but the longer run and its transfer), then fill it in
 	@test ! -e qlora-out || { echo "error: move qlora-out/ away: the default run is measured from the start" >&2; exit 1; }
 	$(BIN)/python benchmarks/training_speed.py
+	$(BIN)/python benchmarks/training_speed.py --sweep
+	$(BIN)/python benchmarks/gradient_error.py
+	$(BIN)/python benchmarks/young_adapters.py
+	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/memory_prediction.py
 	$(BIN)/python benchmarks/timings.py
 	$(BIN)/python benchmarks/waiting.py

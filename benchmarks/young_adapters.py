@@ -2,10 +2,11 @@
 
     python benchmarks/young_adapters.py   # about an hour and a half on two slow cores
 
-The bundled model, three seeds (LoRA's A and the order of rows), a short training on IMDB, three ways to
+The bundled model, three seeds (LoRA's A and the order of rows), a short training on IMDB, four ways to
 compute: `fp32` everything; `sum in fp32`: products and their outputs in bf16, LoRA's part and the residual
-stream in fp32; `bf16`: outputs, LoRA's part, their sum and the residual stream rounded to bf16, as on a GPU.
-Rounding is simulated in fp32, so that it is as quick on any processor. Writes results/young_adapters.json and
+stream in fp32; `residual in fp32`: outputs and their sum with LoRA's part rounded to bf16, but not what
+layers add to; `bf16`: all of it rounded, as on a GPU. Rounding is simulated in fp32, so that it is as quick
+on any processor. A run that is in results/young_adapters.json already is not repeated. Writes it and
 young_adapters.png.
 """
 
@@ -14,36 +15,29 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import qlora  # noqa: F401, I001  (first: it sets what torch reads when it is imported)
+import short_training
 import torch
-from peft import get_peft_model
-from transformers import get_linear_schedule_with_warmup, set_seed
 
-from config import BUNDLED, MAX_GRAD_NORM, PAD_MULTIPLE, SENTIMENT_ANSWERS, TrainSettings
-from qlora.batches import LengthBatches, collate, encode_rows
+from config import TrainSettings
 from qlora.cpu import lanes, products
-from qlora.data import load_rows, split
-from qlora.evaluation import accuracy_report, score_labels
-from qlora.fast import make_fast
 from qlora.hardware import detect, environment
-from qlora.loading import load_base
-from qlora.lora import lora_config
 from qlora.pictures import COLOURS, new_axes, save
-from qlora.prompts import answer_ids, choose_format, sentiment_prompt
 from qlora.weights import dequantized
 
 RESULTS = Path(__file__).parent / "results"
-SEEDS, ROWS, HELD_OUT, LENGTH = (1, 2, 3), 512, 400, 128
-WAYS = ("fp32", "sum in fp32", "bf16")
+OUT = RESULTS / "young_adapters.json"
+SEEDS, ROWS, HELD_OUT, LENGTH, SHOWN = (1, 2, 3), 320, 300, 128, 40
+WAYS = ("fp32", "sum in fp32", "residual in fp32", "bf16")
 WRITTEN = {  # which arguments of an operator it writes, of those that are activations
     **{"rms_norm": (4, 5), "rms_backward": (5,), "gate_up": (1,), "gate_up_backward": (2,)},
     **{"rotate_in": (4, 5, 6), "rotate_back": (7,), "heads_to_flat": (2,), "softmax": (0,)},
 }
+# The residual stream: the sum that a norm reads, and its gradient.
+STREAM = {"rms_norm": (4,), "rms_backward": (5,)}
 
 
 def rounded(tensor: torch.Tensor) -> torch.Tensor:
@@ -65,7 +59,7 @@ class Group(products.Group):
         for columns, ranks, b, _ in parts:
             part = rounded(low[:, ranks] @ b.bfloat16().float().t())
             y[:, columns] += part
-        return (rounded(y) if self.way == "bf16" else y), low
+        return (y if self.way == "sum in fp32" else rounded(y)), low
 
     def down(self, dy, x, low, pool, name):
         if self.way == "fp32":
@@ -77,13 +71,17 @@ class Group(products.Group):
 class Rounding:
     """The kernels, with what they write rounded to bf16."""
 
-    def __init__(self, kernels):
+    def __init__(self, kernels, stream: bool):
         self.kernels = kernels
+        self.rounds = {
+            name: [i for i in places if stream or i not in STREAM.get(name, ())]
+            for name, places in WRITTEN.items()
+        }
 
     def __getattr__(self, name):
         def run(*arguments):
             getattr(self.kernels, name)(*arguments)
-            for i in WRITTEN.get(name, ()):
+            for i in self.rounds.get(name, ()):
                 if arguments[i] is not None:
                     rounded(arguments[i])
 
@@ -92,40 +90,16 @@ class Rounding:
 
 def train(way: str, seed: int) -> dict:
     """Losses of each step and accuracy on held-out rows."""
-    base = load_base(BUNDLED, "nf4", detect(lane="fp32"))
-    prompt = choose_format("sentiment", "labels", SENTIMENT_ANSWERS, LENGTH)
-    rows, held_out = split(load_rows("imdb"), ROWS, HELD_OUT, 42)
-    examples = encode_rows(base.tokenizer, prompt, rows, "training")
-    set_seed(seed)
-    model = get_peft_model(base.model, lora_config(base.model, TrainSettings()))
     Group.way, lanes.Group = way, Group
     products.dequantized = lambda layer: dequantized(layer).bfloat16().float()  # the same values in each way
-    make_fast(model, "fp32")
-    if way == "bf16":
-        base.model.cpu_decoder.kernels = Rounding(base.model.cpu_decoder.kernels)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=TrainSettings.learning_rate, weight_decay=0.0)
-    order = list(LengthBatches([len(e["input_ids"]) for e in examples], 4, seed))
-    steps = len(order) // 4
-    schedule = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
-    losses, started = [], time.perf_counter()
-    model.train()
-    for step in range(steps):
-        given = collate([examples[i] for i in order[4 * step : 4 * step + 4]], 0, PAD_MULTIPLE)
-        given.pop("real_tokens")
-        loss = model(**given).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    prompts = [sentiment_prompt(base.tokenizer, prompt, row.text) for row in held_out]
-    answers = [answer_ids(base.tokenizer, prompt, label) for label in (0, 1)]
-    said = score_labels(model, prompts, answers, base.hardware.autocast).argmax(1).tolist()
-    report = accuracy_report(said, [row.label for row in held_out], prompt.answers)
-    row = {"way": way, "seed": seed, "losses": losses, "last_quarter": statistics.mean(losses[-steps // 4 :])}
-    row |= {"accuracy": report["accuracy"], "seconds": time.perf_counter() - started}
+
+    def ready(model):
+        decoder = model.get_base_model().cpu_decoder
+        if way in ("residual in fp32", "bf16"):
+            decoder.kernels = Rounding(decoder.kernels, way == "bf16")
+
+    settings = TrainSettings(samples=ROWS, max_length=LENGTH, lane="fp32", seed=seed)
+    row = {"way": way, "seed": seed} | short_training.train_and_score(settings, HELD_OUT, ready)
     print(json.dumps({k: v for k, v in row.items() if k != "losses"}), flush=True)
     return row
 
@@ -134,21 +108,42 @@ def draw(rows: list[dict]) -> None:
     """Mean loss of the first steps, by way."""
     figure, axes = new_axes(8, 5)
     for way, colour in zip(WAYS, COLOURS):
-        runs = [row["losses"][:40] for row in rows if row["way"] == way]
-        axes.plot(range(1, 41), [statistics.mean(step) for step in zip(*runs)], color=colour, label=way)
+        runs = [row["losses"][:SHOWN] for row in rows if row["way"] == way]
+        mean = [statistics.mean(step) for step in zip(*runs)]
+        axes.plot(range(1, SHOWN + 1), mean, color=colour, label=way)
     axes.set(xlabel="step", ylabel=f"loss, mean of {len(SEEDS)} seeds", yscale="log")
     axes.set_title("The first steps of a young adapter")
     axes.legend()
     save(figure, RESULTS / "young_adapters.png")
 
 
+def ways_of(rows: list[dict]) -> list[dict]:
+    """Means over the seeds."""
+    table = []
+    for way in WAYS:
+        runs = [row for row in rows if row["way"] == way]
+        row = {"way": way, "seeds": len(runs)}
+        row |= {f"loss_{step}": statistics.mean(r["losses"][step - 1] for r in runs) for step in range(1, 9)}
+        row |= {key: statistics.mean(r[key] for r in runs) for key in ("last_quarter", "accuracy")}
+        row |= {"lowest": min(r["accuracy"] for r in runs), "highest": max(r["accuracy"] for r in runs)}
+        table.append(row | {"held_out_loss": statistics.mean(r["held_out_loss"] for r in runs)})
+    return table
+
+
 def main() -> None:
-    rows = [train(way, seed) for seed in SEEDS for way in WAYS]
-    record = {"rows": rows, "training_rows": ROWS, "max_length": LENGTH, "held_out": HELD_OUT}
-    out = RESULTS / "young_adapters.json"
-    out.write_text(json.dumps(record | {"environment": environment(detect())}, indent=2) + "\n")
+    rows = json.loads(OUT.read_text())["rows"] if OUT.exists() else []
+    there = {(row["way"], row["seed"]) for row in rows}
+    for seed in SEEDS:
+        for way in WAYS:
+            if (way, seed) not in there:
+                rows.append(train(way, seed))
+                record = {"training_rows": ROWS, "max_length": LENGTH, "held_out": HELD_OUT}
+                record |= {"environment": environment(detect(lane="fp32")), "rows": rows}
+                OUT.write_text(json.dumps(record, indent=2) + "\n")
+    record = json.loads(OUT.read_text())
+    OUT.write_text(json.dumps(record | {"ways": ways_of(rows)}, indent=2) + "\n")
     draw(rows)
-    print(f"written {out}")
+    print(f"written {OUT}")
 
 
 if __name__ == "__main__":

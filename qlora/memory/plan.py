@@ -159,15 +159,17 @@ def cards(config, job: Job, gpus: int = 1) -> list[dict]:
     No kernel that a GPU takes here keeps anything that grows with the square of the length. So the peak is a
     straight line in the number of tokens, and two predictions give both.
     """
-    rows, peaks = [], {}
+    rows, planned = [], {}
     for name, (mebibytes, capability) in CARDS.items():
         gpu = on_card(job, capability)
-        kind = gpu.attention, gpu.cublas_workspace
-        if kind not in peaks:
+        if gpu.attention not in planned:
             twice = [training_peak(config, gpu, batch_size=n * job.batch_size) for n in (1, 2)]
-            peaks[kind] = twice, on_several(config, gpu, gpus) if gpus > 1 else {}
-        (peak, _), several = peaks[kind]
-        verdict, more = judge(job, mebibytes * 2**20 - CUDA_RESERVE, *peaks[kind][0])
+            planned[gpu.attention] = gpu, twice, on_several(config, gpu, gpus) if gpus > 1 else {}
+        like, peaks, several = planned[gpu.attention]
+        more_workspace = gpu.cublas_workspace - like.cublas_workspace  # all else is the same
+        peak, twice = (each + more_workspace for each in peaks)
+        several = {k: v + more_workspace * (k != "held_by_fsdp") for k, v in several.items()}
+        verdict, more = judge(job, mebibytes * 2**20 - CUDA_RESERVE, peak, twice)
         length = max(0, job.length + math.floor(more * job.length))
         length -= length % PAD_MULTIPLE  # rows are padded to it
         length = min(length, getattr(config, "max_position_embeddings", length))
