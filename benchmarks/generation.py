@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,15 +24,15 @@ from peft import get_peft_model
 
 from config import BUNDLED, TrainSettings
 from processor import processor_kind
+from qlora import fast, generation
 from qlora.fast import make_fast
-from qlora.generation import generate
 from qlora.hardware import detect, environment
 from qlora.loading import load_base
 from qlora.lora import lora_config
 from qlora.weights import linear_layers
 
 ROUNDS, WRITTEN, PROMPT = 5, 24, 64
-# name: (prompts at once, adapter merged, options of generate)
+# name: (prompts at once, adapter added to the values or None without one, options of generate)
 VARIANTS = {
     "base alone": (1, None, {}),
     "adapter beside the base": (1, False, {}),
@@ -54,32 +55,22 @@ def memory_rate() -> float:
 
 
 def models() -> tuple[dict, int]:
-    """({merged: model}, bytes of weights that a token reads)"""
+    """({with an adapter: model}, bytes of weights that a token reads)"""
     found: dict = {}
-    for merged in (None, False, True):
+    for adapted in (False, True):
         base = load_base(BUNDLED, "nf4", detect())
         model = base.model
-        if merged is not None:
+        if adapted:
             model = get_peft_model(model, lora_config(model, TrainSettings()))
             for name, p in model.named_parameters():
                 if "lora_B" in name:
                     torch.nn.init.normal_(p, std=1e-3)
         model.requires_grad_(False)
         make_fast(model, base.hardware.lane)
-        if merged:
-            merge_dense(model)
-        found[merged] = model.eval()
+        found[adapted] = model.eval()
     head = base.model.get_output_embeddings().weight
     frozen = sum(m.out_features * m.in_features for _, m in linear_layers(base.model))
     return found, frozen * 4 + head.nbytes
-
-
-def merge_dense(model) -> None:
-    """Add each adapter to its layer's dequantized values, and switch it off."""
-    for module in model.modules():
-        if hasattr(module, "lora_A"):
-            module.get_base_layer().dequantized += module.get_delta_weight("default")
-    model.base_model.disable_adapter_layers()
 
 
 def main() -> None:
@@ -89,12 +80,14 @@ def main() -> None:
     for i in range(ROUNDS + 1):  # the first to warm up
         rates.append(memory_rate())
         for name, (count, merged, options) in VARIANTS.items():
+            model = loaded[merged is not None]
+            generation.one_product = fast.one_product if merged else lambda model: nullcontext()
             prompts = [list(range(1000 + 100 * k, 1000 + 100 * k + PROMPT)) for k in range(count)]
-            generate(loaded[merged], prompts, 2, min_new_tokens=2, **options)
+            generation.generate(model, prompts, 2, min_new_tokens=2, **options)
             seconds = []
             for length in (1, WRITTEN + 1):  # the difference leaves out the reading of the prompt
                 started = time.perf_counter()
-                generate(loaded[merged], prompts, length, min_new_tokens=length, **options)
+                generation.generate(model, prompts, length, min_new_tokens=length, **options)
                 seconds.append(time.perf_counter() - started)
             runs[name] += [count * WRITTEN / (seconds[1] - seconds[0])] if i else []
         print({name: round(done[-1], 1) for name, done in runs.items() if done}, flush=True)

@@ -73,7 +73,6 @@ def measure(method: str, precision: str, by: str) -> dict:
         loss_at_labels(base.model)
     found = {"device": environment(hardware)}
     trained = [p for p in model.parameters() if p.requires_grad]
-    # Frozen 4-bit weights are packed: their number comes from the model in 16 bits, which is the same.
     found["trainable"] = sum(p.numel() for p in trained)
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     model.train()
@@ -120,14 +119,15 @@ def main() -> None:
 
 def record(runs: dict) -> dict:
     """Medians, and each beside full fine-tuning in fp32."""
-    table, parameters = [], runs[ROWS[0]][0]["trainable"]
+    table, parameters = [], runs[ROWS[0]][0]["trainable"]  # of the base: all are trained there
     for (method, precision, by), done in runs.items():
         values = ("step", "inference", "token", "peak_gb")
         middle = {key: statistics.median(run[key] for run in done) for key in values}
         first = table[0] if table else middle
         training, inference = CLAIMED.get((method, precision), (None, None))
         row = {"method": method, "base": precision, "by": by, **middle}
-        row |= {"faster_training": first["step"] / middle["step"], "claimed_training": training}
+        row |= {"token_ms": 1000 * middle["token"], "claimed_training": training}
+        row |= {"faster_training": first["step"] / middle["step"]}
         row |= {"faster_inference": first["inference"] / middle["inference"], "claimed_inference": inference}
         share = done[0]["trainable"] / (parameters + (done[0]["trainable"] if method != METHODS[0] else 0))
         table.append(row | {"trainable": done[0]["trainable"], "trainable_share": share})

@@ -1,7 +1,7 @@
 """Training speed and memory of this repository and of what else could be used, on the same batches.
 
     python benchmarks/training_speed.py           # about 40 minutes on two slow cores
-    python benchmarks/training_speed.py --sweep   # one factor at a time: length, batch, rank; about an hour
+    python benchmarks/training_speed.py --sweep   # one factor at a time: length, batch, rank; 15 minutes
 
 Each run is a process of its own (so that its peak memory is its own); all variants take turns, ROUNDS times.
 TRL is measured where it is installed (pip install -r requirements-bench.txt). The limit is what the products
@@ -56,7 +56,7 @@ VARIANTS = {
     "limit": "the products with frozen weights and nothing else, by the lane that ours takes",
 }
 CENTRE = {"length": 256, "batch": 4, "rank": 16}
-SWEEP = {"length": (128, 512, 1024, 2048), "batch": (1, 2, 8, 16), "rank": (8, 64, 256)}
+SWEEP = {"rank": (8, 256), "batch": (1, 16), "length": (128, 2048)}
 
 
 def examples(tokenizer, lm: bool, length: int, batch: int, steps: int) -> list[dict]:
@@ -229,8 +229,11 @@ def centre() -> Iterator[dict]:
         yield {"what": VARIANTS, "runs": runs, "median": median, "environment": where}
 
 
-def sweep() -> list[dict]:
-    """One factor at a time around the centre, ours and TRL tuned, rows that are full; one run each."""
+def sweep() -> Iterator[list[dict]]:
+    """One factor at a time around the centre, ours and TRL tuned, rows that are full; one run each.
+
+    The rows so far, after each of them.
+    """
     shapes = [CENTRE | {factor: value} for factor, values in SWEEP.items() for value in values]
     rows = []
     for shape in [{**CENTRE, "full": True}, *shapes]:
@@ -238,7 +241,20 @@ def sweep() -> list[dict]:
             found = in_process(name, shape, 2)
             found.pop("environment")
             rows.append({"variant": name, **shape, **found})
-    return rows
+            yield rows
+
+
+def side_by_side(rows: list[dict]) -> list[dict]:
+    """A row for each shape: ours, TRL tuned and their ratio."""
+    table: dict = {}
+    for row in rows:
+        shape = {key: row[key] for key in CENTRE}
+        who = "ours" if row["variant"] == "ours" else "trl"
+        found = table.setdefault(tuple(shape.values()), shape)
+        found |= {who: row["tokens_per_second"], f"{who}_gb": row["peak_gb"]}
+    for row in table.values():
+        row |= {"times": row["ours"] / row["trl"]} if {"ours", "trl"} <= row.keys() else {}
+    return list(table.values())
 
 
 def main() -> None:
@@ -248,7 +264,9 @@ def main() -> None:
     out = Path(__file__).parent / "results" / f"training_speed_{processor_kind()}.json"
     record = json.loads(out.read_text()) if out.exists() else {}
     if sys.argv[1:] == ["--sweep"]:
-        record["sweep"] = sweep()
+        for rows in sweep():
+            record |= {"sweep": rows, "sweep_table": side_by_side(rows)}
+            out.write_text(json.dumps(record, indent=2) + "\n")
     else:
         for found in centre():
             record |= found

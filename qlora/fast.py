@@ -4,13 +4,15 @@ Logits at labelled positions only, on every device. On a CPU the decoder of qlor
 that it knows. On a GPU without FlashAttention keys are repeated, for the next best kernel.
 """
 
+import contextlib
+import functools
 import types
 
 import psutil
 import torch
 import torch.nn.functional as F
 
-from qlora.cpu.attach import MEMORY_SHARE, attach
+from qlora.cpu.attach import MEMORY_SHARE, attach, unusual_adapter
 from qlora.logits import causal_lm, loss_at_labels
 from qlora.processes import is_sharded
 from qlora.weights import dequantized, linear_layers
@@ -66,6 +68,49 @@ def use_dense(module, weight) -> None:
 
 def _dense_forward(self, x):
     return F.linear(x.to(self.dequantized.dtype), self.dequantized, self.bias).to(x.dtype)
+
+
+@contextlib.contextmanager
+def one_product(model):
+    """On a CPU, while this is open: W + s B A made once, so that a layer is one product instead of three.
+
+    For generating token by token, where each product costs a pass over memory or a call. Only in fp32, in
+    which W + s B A is what the parts give (bf16 would round a young adapter away), in evaluation mode, for
+    plain LoRA that is switched on, and where the copy fits into memory.
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    layers = mergeable(model) if on_cpu and not model.training and not is_sharded() else []
+    size = sum(base_values(layer).nbytes for layer in layers)
+    if size >= MEMORY_SHARE * psutil.virtual_memory().available:
+        layers = []
+    for layer in layers:
+        with torch.no_grad():
+            weight = base_values(layer) + layer.get_delta_weight(layer.active_adapters[0]).float()
+        layer.forward = functools.partial(F.linear, weight=weight, bias=layer.get_base_layer().bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own again
+
+
+def mergeable(model) -> list:
+    """PEFT's layers that one_product() can take; none of them unless it can take all that are switched on."""
+    layers = [m for m in model.modules() if hasattr(m, "lora_A") and not m.disable_adapters]
+    plain = all(
+        len(m.active_adapters) == 1
+        and not m.merged
+        and not unusual_adapter(m)
+        and base_values(m).dtype == torch.float32
+        for m in layers
+    )
+    return [m for m in layers if m.active_adapters[0] in m.lora_A] if plain else []
+
+
+def base_values(layer) -> torch.Tensor:
+    """The frozen values (out, in) that a PEFT layer's base multiplies with."""
+    base = layer.get_base_layer()
+    return getattr(base, "dequantized", base.weight)
 
 
 def has_flash(capability: tuple[int, int], dtype: torch.dtype) -> bool:

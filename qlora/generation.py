@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, set_seed
 
+from qlora.fast import one_product
 from qlora.logits import causal_lm
 
 
@@ -41,7 +42,10 @@ def generate(
     lm = causal_lm(model)
     shipped, lm.generation_config = lm.generation_config, GenerationConfig()
     try:
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+        with one_product(model):
+            out = model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer
+            )
     finally:
         lm.generation_config = shipped
     return out[:, longest:].tolist()

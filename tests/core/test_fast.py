@@ -1,11 +1,15 @@
 """What is changed in a loaded model's forward, by device."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora import fast
+from qlora.generation import generate
 from qlora.hardware import detect
 from qlora.loading import load_base
 
@@ -34,10 +38,65 @@ def test_an_unquantized_base_is_not_held_twice():
     torch.testing.assert_close(model(ids).logits, before)
 
 
+def with_adapters(folder, **settings):
+    """The tiny model at NF4 with two adapters whose B is not zero, in evaluation mode."""
+    model = load_base(str(folder), "nf4", detect(lane="fp32")).model
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **settings))
+    model.add_adapter("other", LoraConfig(r=8, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    fast.make_fast(model, "fp32")
+    return model.eval()
+
+
+def test_generating_multiplies_once_and_leaves_no_trace(tiny_folder):
+    model, ids = with_adapters(tiny_folder), torch.arange(5, 25)[None]
+    lora = [m for m in model.modules() if hasattr(m, "lora_A")]
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        before = model(ids).logits
+        with fast.one_product(model), torch.no_grad():
+            taken = [m for m in lora if "forward" in vars(m)]
+            assert len(taken) == sum(name in m.lora_A for m in lora)
+            torch.testing.assert_close(model(ids).logits, before.detach(), rtol=1e-4, atol=1e-5)
+        assert not any("forward" in vars(m) for m in lora)
+    text = generate(model, [[5, 6, 7]], 6, min_new_tokens=6)
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(fast, "mergeable", lambda model: [])
+        assert generate(model, [[5, 6, 7]], 6, min_new_tokens=6) == text
+    with pytest.raises(RuntimeError), fast.one_product(model):
+        raise RuntimeError  # as Ctrl-C would
+    assert not any("forward" in vars(m) for m in lora)
+
+
+def test_only_plain_adapters_that_are_switched_on_are_added_to_the_weights(tiny_folder, monkeypatch):
+    model = with_adapters(tiny_folder)
+    assert fast.mergeable(model)
+    with model.disable_adapter():
+        assert not fast.mergeable(model)
+    model.base_model.set_adapter(["default", "other"])
+    assert not fast.mergeable(model)
+    model.set_adapter("default")
+    lora = [m for m in model.modules() if hasattr(m, "lora_A")]
+    monkeypatch.setattr(fast.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with fast.one_product(model):
+        assert not any("forward" in vars(m) for m in lora)
+    monkeypatch.undo()
+    model.train()
+    with fast.one_product(model):
+        assert not any("forward" in vars(m) for m in lora)
+    assert not fast.mergeable(with_adapters(tiny_folder, lora_dropout=0.1))
+    sixteen = get_peft_model(
+        load_base(str(tiny_folder), "bf16", detect(lane="libraries")).model,
+        LoraConfig(r=4, target_modules="all-linear"),
+    )
+    assert not fast.mergeable(sixteen.eval())
+
+
 @pytest.mark.parametrize("heads, groups, queries", [(4, 4, 6), (6, 2, 6), (6, 2, 1), (8, 1, 1)])
 def test_repeated_keys_attend_as_transformers_does(heads, groups, queries):
-    from types import SimpleNamespace
-
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     torch.manual_seed(0)
