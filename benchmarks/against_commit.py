@@ -50,7 +50,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
         tree.mkdir()
-        packed = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True, check=True)
+        packed = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True)
+        if packed.returncode:
+            raise SystemExit(f"error: {commit} can't be unpacked: {packed.stderr.decode().strip()}")
         subprocess.run(["tar", "-x", "-C", str(tree)], input=packed.stdout, check=True)
         for model in (ROOT / "models").iterdir():
             if not (tree / "models" / model.name).exists():

@@ -35,11 +35,11 @@ from qlora.lora import lora_config
 from training_speed import CENTRE, examples
 
 ROUNDS, STEPS, WRITTEN = 3, 2, 12
-METHODS = ("full fine-tuning", "LoRA", "QLoRA")
+FULL = "full fine-tuning"
 # (method, how the base is held, what computes)
 ROWS = (
-    ("full fine-tuning", "fp32", "libraries"),
-    ("full fine-tuning", "bf16", "libraries"),
+    (FULL, "fp32", "libraries"),
+    (FULL, "bf16", "libraries"),
     ("LoRA", "fp32", "libraries"),
     ("LoRA", "fp32", "ours"),
     ("LoRA", "bf16", "libraries"),
@@ -50,8 +50,8 @@ ROWS = (
 )
 # Times faster than fp32: training (there against full fine-tuning), inference. fp16 stands beside bf16 here.
 CLAIMED = {
-    ("full fine-tuning", "fp32"): (1.0, 1.0),
-    ("full fine-tuning", "bf16"): (1.4, 1.5),
+    (FULL, "fp32"): (1.0, 1.0),
+    (FULL, "bf16"): (1.4, 1.5),
     ("LoRA", "fp32"): (3.0, 1.0),
     ("QLoRA", "int8"): (None, 2.0),
     ("QLoRA", "nf4"): (4.1, 3.0),
@@ -63,7 +63,7 @@ def measure(method: str, precision: str, by: str) -> dict:
     base = load_base(BUNDLED, precision, hardware)
     rows = examples(base.tokenizer, False, CENTRE["length"], CENTRE["batch"], STEPS + 1)
     model = base.model
-    if method == "full fine-tuning":
+    if method == FULL:
         model.requires_grad_(True)
     else:
         model = get_peft_model(model, lora_config(model, TrainSettings()))
@@ -71,7 +71,7 @@ def measure(method: str, precision: str, by: str) -> dict:
         make_fast(model, hardware.lane)
     else:
         loss_at_labels(base.model)
-    found = {"device": environment(hardware)}
+    found = {"environment": environment(hardware)}
     trained = [p for p in model.parameters() if p.requires_grad]
     found["trainable"] = sum(p.numel() for p in trained)
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
@@ -112,14 +112,14 @@ def main() -> None:
             if done.returncode:
                 raise SystemExit(f"{row} failed:\n{done.stderr[-2000:]}")
             runs[row].append(json.loads(done.stdout.splitlines()[-1]))
-            print(*row, {k: v for k, v in runs[row][-1].items() if k != "device"}, flush=True)
+            print(*row, {k: v for k, v in runs[row][-1].items() if k != "environment"}, flush=True)
         out.write_text(json.dumps(record(runs), indent=2) + "\n")
     print(f"written {out}")
 
 
 def record(runs: dict) -> dict:
     """Medians, and each beside full fine-tuning in fp32."""
-    table, parameters = [], runs[ROWS[0]][0]["trainable"]  # of the base: all are trained there
+    table, parameters = [], runs[ROWS[0]][0]["trainable"]  # of the base: all of them are trained there
     for (method, precision, by), done in runs.items():
         values = ("step", "inference", "token", "peak_gb")
         middle = {key: statistics.median(run[key] for run in done) for key in values}
@@ -129,10 +129,11 @@ def record(runs: dict) -> dict:
         row |= {"token_ms": 1000 * middle["token"], "claimed_training": training}
         row |= {"faster_training": first["step"] / middle["step"]}
         row |= {"faster_inference": first["inference"] / middle["inference"], "claimed_inference": inference}
-        share = done[0]["trainable"] / (parameters + (done[0]["trainable"] if method != METHODS[0] else 0))
-        table.append(row | {"trainable": done[0]["trainable"], "trainable_share": share})
+        trained = done[0]["trainable"]
+        share = 1.0 if method == FULL else trained / (parameters + trained)
+        table.append(row | {"trainable": trained, "trainable_share": share})
     every = {" ".join(row): done for row, done in runs.items()}
-    return {"rows": table, "runs": every, "environment": runs[ROWS[0]][0]["device"]}
+    return {"rows": table, "runs": every, "environment": runs[ROWS[0]][0]["environment"]}
 
 
 if __name__ == "__main__":

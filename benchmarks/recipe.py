@@ -22,37 +22,32 @@ from qlora.hardware import detect, environment
 
 OUT = Path(__file__).parent / "results" / "recipe.json"
 SEEDS, HELD_OUT = (1, 2, 3), 400
-# (reviews, tokens, batch, rate, rank, target modules)
-TRIED = (
-    (560, 256, 4, 5e-4, 16, "all-linear"),
-    (760, 192, 4, 5e-4, 16, "all-linear"),
-    (1200, 256, 4, 5e-4, 16, "all-linear"),
-)
+WHAT = ("samples", "max_length", "batch_size", "learning_rate")
+TRIED = ((560, 256, 4, 5e-4), (760, 192, 4, 5e-4), (1200, 256, 4, 5e-4))
 
 
-def run(samples, max_length, batch_size, learning_rate, lora_r, target_modules, seed=42) -> dict:
-    recipe = {"samples": samples, "max_length": max_length, "batch_size": batch_size}
-    recipe |= {"learning_rate": learning_rate, "lora_r": lora_r, "target_modules": target_modules}
-    found = short_training.train_and_score(TrainSettings(**recipe, seed=seed), HELD_OUT)
+def run(settings: TrainSettings) -> dict:
+    found = short_training.train_and_score(settings, HELD_OUT)
     del found["losses"]
-    row = recipe | {"seed": seed} | found
+    row = {name: getattr(settings, name) for name in (*WHAT, "seed")} | found
     print(json.dumps(row), flush=True)
     return row
 
 
 def main() -> None:
-    given = sys.argv[1] if len(sys.argv) == 2 else None
-    if given not in ("search", "seeds"):
+    if sys.argv[1:] == ["search"]:
+        todo = [TrainSettings(**dict(zip(WHAT, recipe))) for recipe in TRIED]
+    elif sys.argv[1:] == ["seeds"]:
+        todo = [TrainSettings(seed=seed) for seed in SEEDS]
+    else:
         raise SystemExit(__doc__)
-    s = TrainSettings()
-    chosen = (s.samples, s.max_length, s.batch_size, s.learning_rate, s.lora_r, s.target_modules)
     record = json.loads(OUT.read_text()) if OUT.exists() else {"rows": []}
-    done = [tuple(row.values())[:7] for row in record["rows"]]
-    todo = [(*recipe, 42) for recipe in TRIED] if given == "search" else [(*chosen, seed) for seed in SEEDS]
-    for recipe in [recipe for recipe in todo if recipe not in done]:
-        record["rows"].append(run(*recipe))
-        record["environment"] = environment(detect())
-        OUT.write_text(json.dumps(record, indent=2) + "\n")
+    there = [{name: row[name] for name in (*WHAT, "seed")} for row in record["rows"]]
+    for settings in todo:
+        if {name: getattr(settings, name) for name in (*WHAT, "seed")} not in there:
+            record["rows"].append(run(settings))
+            record["environment"] = environment(detect())
+            OUT.write_text(json.dumps(record, indent=2) + "\n")
     print(f"written {OUT}")
 
 

@@ -61,11 +61,16 @@ def test_generating_multiplies_once_and_leaves_no_trace(tiny_folder):
             assert len(taken) == sum(name in m.lora_A for m in lora)
             torch.testing.assert_close(model(ids).logits, before.detach(), rtol=1e-4, atol=1e-5)
         assert not any("forward" in vars(m) for m in lora)
+    calls = []
+    for m in lora:
+        for a in m.lora_A.values():
+            a.register_forward_pre_hook(lambda *_: calls.append(1))
     text = generate(model, [[5, 6, 7]], 6, min_new_tokens=6)
-    monkey = pytest.MonkeyPatch()
-    with monkey.context() as patch:
+    assert not calls
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast, "mergeable", lambda model: [])
         assert generate(model, [[5, 6, 7]], 6, min_new_tokens=6) == text
+    assert calls
     with pytest.raises(RuntimeError), fast.one_product(model):
         raise RuntimeError  # as Ctrl-C would
     assert not any("forward" in vars(m) for m in lora)

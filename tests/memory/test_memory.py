@@ -20,9 +20,13 @@ from qlora.loading import load_base
 from qlora.logits import IGNORE
 from qlora.lora import lora_config
 from qlora.memory.plan import (
+    CARDS,
     cards,
     footprints,
+    judge,
     make_plan,
+    on_card,
+    on_several,
     predict_run,
     remedies,
     show_footprints,
@@ -196,6 +200,16 @@ def test_a_t4_is_planned_with_the_kernel_that_it_has():
     assert {row["attention"] for row in cards(config, Job(precision="fp32", dtype=torch.float32))} == {
         "efficient"
     }
+
+
+def test_cards_with_one_prediction_are_what_each_would_be_predicted_alone(tiny_folder):
+    config, job = model_config(str(tiny_folder))[0], Job()
+    for row in cards(config, job, gpus=2):
+        gpu = on_card(job, CARDS[row["card"]][1])
+        peaks = [training_peak(config, gpu, batch_size=n * job.batch_size) for n in (1, 2)]
+        verdict, _ = judge(job, row["capacity"], *peaks)
+        wanted = {"peak": peaks[0], **verdict, **on_several(config, gpu, 2)}
+        assert {key: row[key] for key in wanted} == wanted, row["card"]
 
 
 def test_a_card_is_judged_alike_on_every_machine(tiny_folder):
