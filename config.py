@@ -76,7 +76,8 @@ NAMED_ADAPTERS = {"lite": ("attention", 32), "full": ("all-linear", 256)}
 
 # What `--compare` can be given. torchao is optional: pip install -r requirements-bench.txt
 COMPARABLE = (
-    *("fp32", "bf16", "fp16", "int8", "fp4", "nf4", "nf4-dq"),
+    *("fp32", "bf16", "fp16", "int8", "int8-dynamic", "int8-static", "w4a8", "fp4", "nf4", "nf4-dq"),
+    *("int4", "int4-g64", "int4-sym", "int4-sym-g64", "mxfp4", "nvfp4"),
     *("torchao-int8wo", "torchao-int8dyn", "torchao-int4wo", "torchao-fp8"),
 )
 
@@ -96,6 +97,8 @@ FEW_SHOT = (
     ("The plot makes no sense and the jokes fall flat. Avoid it.", 0),
     ("Beautifully shot and deeply moving. One of the best films of the year.", 1),
 )
+
+MERGE_KEEPS = 0.95  # share of an adapter's update that a merge has to keep, unless --force
 
 # Training's constants that are not worth a flag.
 MAX_GRAD_NORM = 1.0  # one odd review can't throw the run
@@ -201,10 +204,15 @@ class InferSettings:
     dataset: str = "auto"
     # Rows for --evaluate. Default: those that training held out; of other data all there are, at most 400.
     eval_samples: Optional[int] = None
-    # Write adapter and base as one plain 16-bit model into this folder.
+    # Write adapter and base as one plain model into this folder.
     merge: Optional[Path] = None
     # What --merge adds the adapter to: the values it was trained on, or the original 16-bit weights.
     merge_base: Literal["dequantized", "original"] = "dequantized"
+    # What --merge writes. auto: fp16, which keeps small updates that bf16 rounds away; bf16 where numbers do
+    # not fit into fp16.
+    merge_dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    # Merge although little of the adapter's update would be left.
+    force: bool = False
     # 0 is greedy: always the most likely token.
     temperature: float = 0.0
     # Sample from the smallest set of tokens with this much probability.
@@ -239,12 +247,16 @@ class DemoSettings(ModelSettings):
     # --plan: also what training takes on so many GPUs, with a copy each (DDP) or the base sharded (FSDP).
     gpus: int = 1
     # Only this part: precisions side by side, as many as this hardware runs, or those named: fp32 bf16 fp16
-    # int8 fp4 nf4 nf4-dq torchao-int8wo torchao-int8dyn torchao-int4wo torchao-fp8.
+    # int8 fp4 nf4 nf4-dq; int4 int4-sym (groups of 32) int4-g64 int4-sym-g64 mxfp4 nvfp4; int8-dynamic
+    # int8-static w4a8 (activations in int8, too); torchao-int8wo torchao-int8dyn torchao-int4wo torchao-fp8.
     compare: Optional[tuple[str, ...]] = None
     # What to sample from.
     prompt: str = "The best thing about small language models is"
     # Held-out IMDB rows for the zero-shot accuracy of --compare.
     eval_samples: int = 32
+    # IMDB training rows that --compare measures static scales on, never held-out ones; and their tokens.
+    calibration_rows: int = 32
+    calibration_length: int = 256
     # --ledger: a trained adapter's folder, for the size and effective rank of its updates.
     adapter: Optional[Path] = None
     # Where quantization.json and the pictures go.

@@ -107,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # 3. Use them.
     if s.merge:
-        merging.merge_into(s.merge, s.merge_base, chosen[0], model, base)
+        kept = {"dtype": s.merge_dtype, "force": s.force}
+        merging.merge_into(s.merge, s.merge_base, chosen[0], model, base, **kept)
         note(f"written    {s.merge}/: a plain model")
         merged = shlex.quote(str(s.merge))
         note(f'next       python qlora_inference.py --adapter none --model {merged} "the whole prompt"')

@@ -114,7 +114,10 @@ def lesson(s: DemoSettings, machine) -> dict:
     if begin("plan", parts):
         results["plan"] = show_plan(s, machine)
     if begin("compare", parts):
-        results["compare"] = compare.compare(s.model, s.compare, s.eval_samples, s.seed, s.device)
+        calibration = s.calibration_rows, s.calibration_length
+        results["compare"] = compare.compare(
+            s.model, s.compare, s.eval_samples, s.seed, s.device, calibration
+        )
         compare_pictures.draw_sizes(out / "precisions.png", results["compare"]["rows"])
         if errors := results["compare"]["errors"]:
             compare_pictures.draw_errors(out / "errors.png", errors)

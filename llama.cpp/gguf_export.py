@@ -112,7 +112,8 @@ def export_merged(s: ExportSettings, adapter: Adapter, aside: Path) -> list[Path
     """Quantizations of adapter and base merged (into the weights it was trained on), then their f16."""
     f16 = s.output_dir / f"{adapter.name}-f16.gguf"
     if f16.name not in own_files(s.output_dir, adapter):
-        merge_into(aside / "merged", "dequantized", adapter, *load_trained(adapter), compare=False)
+        trained = load_trained(adapter)
+        merge_into(aside / "merged", "dequantized", adapter, *trained, compare=False, force=s.force)
         convert(aside / "merged", aside / f16.name)
         check_metadata(aside / f16.name, adapter.folder)
         shutil.rmtree(aside / "merged")

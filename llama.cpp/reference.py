@@ -77,7 +77,7 @@ def ask_trained(adapter: Adapter, questions: Questions, title: str) -> tuple[Rep
     load_seconds = time.perf_counter() - started
     trained = ask(model, base, questions, title, load_seconds)
     trained.scaled = at_other_strengths(model, base, trained, adapter.config["r"])
-    merged = merged_model("dequantized", adapter, base)
+    merged, _ = merged_model("dequantized", adapter, base)
     make_fast(merged)
     replies = ask(merged, base, questions, "merged 16 bit")
     del model, base, merged  # the servers need the memory

@@ -69,6 +69,8 @@ class ExportSettings:
     lora: bool = False
     # Quantize with an importance matrix, made from the training prompts.
     imatrix: bool = False
+    # Merge although little of the adapter's update would be left.
+    force: bool = False
     # Where the .gguf files and the Modelfile go.
     output_dir: Path = Path("gguf-out")
 

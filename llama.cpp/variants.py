@@ -52,7 +52,11 @@ def exported(s: ParitySettings, adapter: Adapter) -> list[Variant]:
         return fits[0] if fits else None
 
     def export(**options) -> None:
-        make(ExportSettings(s.adapter, output_dir=s.output_dir, **options), replace_modelfile=False)
+        # What is lost is measured here, not refused.
+        make(
+            ExportSettings(s.adapter, output_dir=s.output_dir, force=True, **options),
+            replace_modelfile=False,
+        )
 
     variants = []
     few_bits = tuple(filter(gf.under_five_bits, s.types)) if s.imatrix else ()

@@ -13,7 +13,7 @@ import torch
 
 from config import COMPARABLE
 from qlora import prompts as p
-from qlora.cli import UserError, first_line, note, progress
+from qlora.cli import UserError, first_line, note, progress, require
 from qlora.data import load_rows, split
 from qlora.evaluation import accuracy_report, score_labels
 from qlora.generation import generate
@@ -43,15 +43,24 @@ class HeldOut:
     reference: list[torch.Tensor] = field(default_factory=list)
 
 
-def compare(name: str, precisions: Sequence[str] | None, eval_samples: int, seed: int, device="auto") -> dict:
+def compare(
+    name: str,
+    precisions: Sequence[str] | None,
+    eval_samples: int,
+    seed: int,
+    device="auto",
+    calibration=(32, 256),
+) -> dict:
     """Print a row per precision (some of COMPARABLE; default: what this device runs well) and what they say.
 
+    `calibration`: rows of training data, and tokens of each, that static scales are measured on.
     Returns {reference, text, rows, errors, findings}: rows hold figures or a `reason`; errors the relative
     error of each linear layer in 4-bit rows. Raises UserError where no precision could be measured.
     """
     hardware = detect(device=device)
     source = load_source(name, hardware)
     held = held_out(source.tokenizer, eval_samples, seed)
+    calibration = calibration_ids(source.tokenizer, *calibration, max(eval_samples, 64), seed)
     chosen = precisions or default_precisions(hardware)
     ordered = [p for p in COMPARABLE if p in chosen]  # highest first: it becomes the reference
     announce(ordered, hardware)
@@ -65,7 +74,9 @@ def compare(name: str, precisions: Sequence[str] | None, eval_samples: int, seed
         with progress(len(ordered), "compare") as step:
             for precision in ordered:
                 try:
-                    row, nats[precision], errors = measure(name, precision, hardware, held, source.model)
+                    row, nats[precision], errors = measure(
+                        name, precision, hardware, held, source.model, calibration
+                    )
                     result["reference"] = result["reference"] or precision
                     result["errors"] |= {precision: errors} if precision in FOUR_BIT else {}
                 except Exception as error:  # a library's refusal is the row's result
@@ -109,10 +120,18 @@ def held_out(tokenizer, eval_samples: int, seed: int) -> HeldOut:
     )
 
 
-def measure(name: str, precision: str, hardware: Hardware, held: HeldOut, source) -> tuple:
+def calibration_ids(tokenizer, rows: int, length: int, held_out: int, seed: int) -> list[list[int]]:
+    """Token ids of training reviews: of each the first `length`. Raises UsageError if they are too few."""
+    require(rows >= 8, f"--calibration-rows {rows}: choose at least 8")
+    require(length >= 32, f"--calibration-length {length}: choose at least 32 tokens")
+    reviews, _ = split(load_rows("imdb"), rows, held_out, seed)
+    return [p.text_ids(tokenizer, row.text)[:length] for row in reviews]
+
+
+def measure(name: str, precision: str, hardware: Hardware, held: HeldOut, source, calibration=()) -> tuple:
     """(row, nats per token, relative error of each linear layer); fills an empty `held.reference`."""
     started = time.perf_counter()
-    model = load(name, precision, hardware)
+    model = load(name, precision, hardware, calibration)
     text = held.text.to(hardware.device)
     decode(model, text, 1)  # 16-bit weights are mapped from the file: they are read when first multiplied
     load_seconds = time.perf_counter() - started

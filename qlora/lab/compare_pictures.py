@@ -10,8 +10,9 @@ from qlora.pictures import COLOURS, new_axes, save
 from qlora.tables import table_of
 
 FOUR_BIT = ("fp4", "nf4", "nf4-dq", "torchao-int4wo")
+FOUR_BIT += ("int4", "int4-g64", "int4-sym", "int4-sym-g64", "mxfp4", "nvfp4")
 # Perplexities in arXiv 2305.14314, table 2.
-PAPER = {"nf4-dq": "27.41", "fp4": "29.48 to 31.07", "torchao-int4wo": "34.34"}
+PAPER = {"nf4-dq": "27.41", "fp4": "29.48 to 31.07", "int4-sym-g64": "34.34"}
 COLUMNS = {
     **{"precision": "{precision}", "bits/weight": "{bits_model:.3f}", "in linear": "{bits_linear:.3f}"},
     **{"MB": "{megabytes:.1f}", "load s": "{load_seconds:.1f}", "error": "{error}", "KL": "{divergence}"},
@@ -73,7 +74,7 @@ def findings(rows: dict[str, dict], nats: dict[str, np.ndarray], values: int) ->
     published = [name for name in PAPER if name in rows]
     if len(published) > 1:
         found["agrees_with_paper"] = [name for name in order if name in PAPER] == published
-        theirs = " < ".join(f"{name.removeprefix('torchao-')} {PAPER[name]}" for name in published)
+        theirs = " < ".join(f"{name} {PAPER[name]}" for name in published)
         same = "the same order" if found["agrees_with_paper"] else "not the order measured here"
         print(f"  QLoRA paper, table 2: {theirs}: {same}")
     if order:

@@ -8,6 +8,7 @@ import torch
 from config import COMPARABLE, PRECISIONS
 from qlora.cli import UserError
 from qlora.hardware import Hardware
+from qlora.lab.rounded import SCHEMES, round_layers
 from qlora.loading import Base, load_base, quantization_config
 from qlora.shapes import model_config
 from qlora.sources import locate
@@ -15,6 +16,7 @@ from qlora.weights import linear_layers
 
 # Every product converts weights or activations without a fused kernel: a token takes 2 to 10 times as long.
 SLOW_ON_CPU = ("torchao-int8dyn", "torchao-fp8")
+NAMED_ONLY = tuple(name for name in SCHEMES if name != "int4")  # on a CPU: the table stays short
 # As bitsandbytes. torchao's own 128 silently leaves layers that it does not divide (576 wide) in 16 bits.
 INT4_GROUP = 64
 
@@ -24,7 +26,8 @@ def default_precisions(hardware: Hardware) -> tuple[str, ...]:
     if hardware.device != "cpu":
         return COMPARABLE
     torchao = importlib.util.find_spec("torchao") is not None
-    fast = [name for name in COMPARABLE if name not in SLOW_ON_CPU and not emulated(name, hardware)]
+    slow = (*SLOW_ON_CPU, *NAMED_ONLY)
+    fast = [name for name in COMPARABLE if name not in slow and not emulated(name, hardware)]
     return tuple(name for name in fast if torchao or not name.startswith("torchao"))
 
 
@@ -46,8 +49,15 @@ def load_source(name: str, hardware: Hardware) -> Base:
     return load_base(name, named(config.dtype), dataclasses.replace(hardware, device="cpu"))
 
 
-def load(name: str, precision: str, hardware: Hardware):
-    """Model on its device, its linear layers in `precision`; head, embeddings and norms stay as they are."""
+def load(name: str, precision: str, hardware: Hardware, calibration=()):
+    """Model on its device, its linear layers in `precision`; head, embeddings and norms stay as they are.
+
+    `calibration`: token ids of rows that static scales are measured on.
+    """
+    if precision in SCHEMES:
+        model = load_base(name, named(hardware.dtype), hardware).model
+        round_layers(model, SCHEMES[precision], calibration)
+        return model
     if precision.startswith("torchao"):
         config = torchao_config(precision, hardware)
         from torchao.quantization import quantize_

@@ -224,7 +224,7 @@ def test_a_model_learns_a_conversation_by_heart_stops_and_is_merged(name, texts,
         assert base.tokenizer.decode(made[:-1]).strip() == reply["content"]
         assert made[-1] == base.tokenizer.convert_tokens_to_ids(FAMILIES[ARCHITECTURES[name].family].end)
     model.save_pretrained(tmp_path / "adapter")
-    merged = merged_model("dequantized", SimpleNamespace(folder=tmp_path / "adapter"), base)
+    merged, _ = merged_model("dequantized", SimpleNamespace(folder=tmp_path / "adapter"), base)
     ids = torch.tensor([prompt])
     trained, plain = (last_logits(each, ids, machine.autocast) for each in (model, merged))
     assert relative_error(trained, plain) < 0.05 and trained.argmax() == plain.argmax()
