@@ -56,7 +56,8 @@ GPU_DEFAULTS = ("llama-3.2-3b", "llama-3.2-1b")
 # Models of like size that need no account, for --model auto where the hub refuses the gated one.
 UNGATED = {"llama-3.2-3b": "qwen2.5-3b", "llama-3.2-1b": "qwen2.5-1.5b"}
 
-# How the frozen base is held: what BitsAndBytesConfig is given, or the name of a torch dtype.
+# How the frozen base is held: what BitsAndBytesConfig is given, the name of a torch dtype, or as its files
+# hold it (gptq, awq).
 PRECISIONS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": True},
@@ -64,6 +65,8 @@ PRECISIONS = {
     "bf16": "bfloat16",
     "fp16": "float16",
     "fp32": "float32",
+    "gptq": None,
+    "awq": None,
 }
 Precision = Literal[tuple(PRECISIONS)]
 
@@ -77,7 +80,7 @@ NAMED_ADAPTERS = {"lite": ("attention", 32), "full": ("all-linear", 256)}
 # What `--compare` can be given. torchao is optional: pip install -r requirements-bench.txt
 COMPARABLE = (
     *("fp32", "bf16", "fp16", "int8", "int8-dynamic", "int8-static", "w4a8", "fp4", "nf4", "nf4-dq"),
-    *("int4", "int4-g64", "int4-sym", "int4-sym-g64", "mxfp4", "nvfp4"),
+    *("gptq", "awq", "int4", "int4-g64", "int4-sym", "int4-sym-g64", "mxfp4", "nvfp4"),
     *("torchao-int8wo", "torchao-int8dyn", "torchao-int4wo", "torchao-fp8"),
 )
 
@@ -143,8 +146,9 @@ class ModelSettings:
 
 @dataclass
 class TrainSettings(ModelSettings):
-    # How the frozen base is held: nf4 is QLoRA; int8 and the 16/32-bit types train plain LoRA. auto: nf4; for
-    # a .gguf file its own values in this hardware's dtype, so that what is deployed is what was trained on.
+    # How the frozen base is held: nf4 is QLoRA; int8 and the 16/32-bit types train plain LoRA; gptq and awq
+    # are for models that are quantized so. auto: nf4, or as such a model is; for a .gguf file its own values
+    # in this hardware's dtype, so that what is deployed is what was trained on.
     precision: Literal["auto", Precision] = "auto"
     # imdb, rotten_tomatoes, a hub id, or a .csv/.jsonl/.parquet file (columns: text+label, prompt+completion,
     # instruction+response, messages, or text alone).
@@ -190,7 +194,7 @@ class InferSettings:
     # In what a CPU multiplies the frozen weights. auto: fp32, or what wins a short trial by 15%. libraries:
     # transformers, PEFT and bitsandbytes as they are.
     lane: Lane = "auto"
-    # auto: what the adapter was trained on (nf4 for the base alone).
+    # auto: what the adapter was trained on (for the base alone nf4, or as a GPTQ or AWQ model is quantized).
     precision: Literal["auto", Precision] = "auto"
     # A file with one prompt per line, answered in batches.
     prompts: Optional[Path] = None
@@ -229,8 +233,8 @@ class InferSettings:
 
 @dataclass
 class DemoSettings(ModelSettings):
-    # How to hold the weights (of every part but --compare).
-    precision: Precision = "nf4"
+    # How to hold the weights (of every part but --compare). auto: nf4, or as a GPTQ or AWQ model is.
+    precision: Literal["auto", Precision] = "auto"
     # Only this part: one number and one block of 64 weights in every data type, bits spelled out.
     datatypes: bool = False
     # Only this part: the model's outline with shapes, dtypes and bytes.
@@ -247,16 +251,20 @@ class DemoSettings(ModelSettings):
     # --plan: also what training takes on so many GPUs, with a copy each (DDP) or the base sharded (FSDP).
     gpus: int = 1
     # Only this part: precisions side by side, as many as this hardware runs, or those named: fp32 bf16 fp16
-    # int8 fp4 nf4 nf4-dq; int4 int4-sym (groups of 32) int4-g64 int4-sym-g64 mxfp4 nvfp4; int8-dynamic
-    # int8-static w4a8 (activations in int8, too); torchao-int8wo torchao-int8dyn torchao-int4wo torchao-fp8.
+    # int8 fp4 nf4 nf4-dq; gptq awq (made once, kept in models/); int4 int4-sym (groups of 32) int4-g64
+    # int4-sym-g64 mxfp4 nvfp4; int8-dynamic int8-static w4a8 (activations in int8, too); torchao-int8wo
+    # torchao-int8dyn torchao-int4wo torchao-fp8.
     compare: Optional[tuple[str, ...]] = None
     # What to sample from.
     prompt: str = "The best thing about small language models is"
     # Held-out IMDB rows for the zero-shot accuracy of --compare.
     eval_samples: int = 32
-    # IMDB training rows that --compare measures static scales on, never held-out ones; and their tokens.
+    # --compare: IMDB training rows that gptq, awq and int8-static look at first, never held-out ones.
     calibration_rows: int = 32
+    # --compare: tokens of each of these rows.
     calibration_length: int = 256
+    # --compare: inputs that share a scale in gptq and awq.
+    group_size: int = 64
     # --ledger: a trained adapter's folder, for the size and effective rank of its updates.
     adapter: Optional[Path] = None
     # Where quantization.json and the pictures go.

@@ -173,7 +173,7 @@ def choose_model(s: TrainSettings):
     if precision == "auto" and s.model.lower().endswith(".gguf"):  # its own values
         precision = hardware.precision_of(hardware.detect("nf4", s.device, s.lane, sizes).dtype)
     elif precision == "auto":
-        precision = "nf4"
+        precision = shapes.stored_precision(s.model)
     machine = hardware.detect(precision, s.device, s.lane, sizes)
     hardware.show(machine)
     processes.meet(machine.device)

@@ -50,6 +50,7 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, PeftModel, TextStreamer, make_fast
     global adapters, data, evaluation, generation, hardware, hub, loading, measures, merging, plan, prompts
+    global shapes
     from peft import PeftModel
     from transformers import BitsAndBytesConfig, TextStreamer
 
@@ -64,6 +65,7 @@ def import_libraries() -> None:
         measures,
         merging,
         prompts,
+        shapes,
     )
     from qlora.fast import make_fast
     from qlora.memory import plan
@@ -124,7 +126,7 @@ def choose_base(s: InferSettings, chosen: list):
     """(model, why, precision, hardware) that `auto` stands for."""
     trained, precision = chosen[0].base if chosen else None, s.precision
     if precision == "auto":
-        precision = trained.precision if trained else "nf4"
+        precision = trained.precision if trained else shapes.stored_precision(s.model)
     machine = hardware.detect(precision, s.device, s.lane)
     hardware.show(machine)
     if s.model != "auto":

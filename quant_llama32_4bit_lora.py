@@ -114,7 +114,7 @@ def lesson(s: DemoSettings, machine) -> dict:
     if begin("plan", parts):
         results["plan"] = show_plan(s, machine)
     if begin("compare", parts):
-        calibration = s.calibration_rows, s.calibration_length
+        calibration = s.calibration_rows, s.calibration_length, s.group_size
         results["compare"] = compare.compare(
             s.model, s.compare, s.eval_samples, s.seed, s.device, calibration
         )
@@ -126,6 +126,8 @@ def lesson(s: DemoSettings, machine) -> dict:
 
 def choose_model(asked: DemoSettings):
     """(settings with a model, hardware); raises UserError for what a chosen part could not work with."""
+    if asked.precision == "auto":
+        asked = dataclasses.replace(asked, precision=shapes.stored_precision(asked.model))
     machine = hardware.detect(asked.precision, asked.device, asked.lane)
     hardware.show(machine)
     model, why = asked.model, "given"

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from qlora.cpu.attach import MEMORY_SHARE, attach, unusual_adapter
 from qlora.logits import causal_lm, loss_at_labels
 from qlora.processes import is_sharded
-from qlora.weights import dequantized, linear_layers
+from qlora.weights import dequantized, is_coded, linear_layers
 
 
 def make_fast(model, lane: str = "fp32") -> str:
@@ -50,7 +50,7 @@ def use_cpu(model, lm, lane: str) -> str:
 
 def dense_once(lm) -> None:
     """Dequantize the frozen values of a quantized model once, if memory allows it; a CPU is slow at that."""
-    quantized = [m for _, m in linear_layers(lm) if getattr(m.weight, "quant_state", None) is not None]
+    quantized = [m for _, m in linear_layers(lm) if is_coded(m)]
     size = sum(m.out_features * m.in_features for m in quantized) * lm.dtype.itemsize
     if size < MEMORY_SHARE * psutil.virtual_memory().available:
         for module in quantized:
@@ -59,7 +59,7 @@ def dense_once(lm) -> None:
 
 def use_dense(module, weight) -> None:
     """Let a linear layer multiply with these values (out, in) of its own; packed ones stay, for saving."""
-    if getattr(module.weight, "quant_state", None) is not None:
+    if is_coded(module):
         module.dequantized = weight
         module.forward = types.MethodType(_dense_forward, module)
     elif type(module) is torch.nn.Linear:
@@ -110,7 +110,7 @@ def mergeable(model) -> list:
 def base_values(layer) -> torch.Tensor:
     """The frozen values (out, in) that a PEFT layer's base multiplies with."""
     base = layer.get_base_layer()
-    return getattr(base, "dequantized", base.weight)
+    return base.dequantized if hasattr(base, "dequantized") else base.weight
 
 
 def has_flash(capability: tuple[int, int], dtype: torch.dtype) -> bool:

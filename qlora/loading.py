@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from config import PRECISIONS, Precision
 from qlora.cli import UserError, first_line
+from qlora.files import read_json
 from qlora.hardware import Hardware
+from qlora.packed import METHODS as PACKED
+from qlora.packed import PackedConfig, Packing, packed_layers, packing_of, unpack_model
 from qlora.shapes import skeleton
 from qlora.sources import LOCAL, check_folder, locate
 from qlora.templates import refuse_endless
@@ -22,6 +25,7 @@ warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is depreca
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
+SIXTEEN_OR_MORE = tuple(name for name, options in PRECISIONS.items() if isinstance(options, str))
 NEEDS_CODE = "it needs code of its author, which is never run here"
 
 
@@ -51,9 +55,9 @@ class Base:
 
 
 def quantization_config(precision: str, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """bitsandbytes settings by config.PRECISIONS; None for 16 and 32 bits."""
+    """bitsandbytes settings by config.PRECISIONS; None for what it does not quantize."""
     options = PRECISIONS[precision]
-    if isinstance(options, str):
+    if not isinstance(options, dict):
         return None
     if options.get("load_in_4bit"):
         options = {**options, "bnb_4bit_compute_dtype": compute_dtype}
@@ -69,16 +73,25 @@ def load_base(name: str, precision: str, hardware: Hardware, revision=None, quan
     folder, public_name, revision = locate(name, revision)
     config_sha256, dtype = check_folder(folder), PRECISIONS[precision]
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else hardware.dtype
+    packing = check_precision(name, folder, precision)
+    quantization = quantization or quantization_config(precision, dtype)
     with readable(name, folder):
+        config = AutoConfig.from_pretrained(folder, **LOCAL)
+        if packing:  # read by qlora/packed.py, not by transformers' own way, which needs kernels
+            del config.quantization_config
+            quantization = PackedConfig(packing, packed_layers(folder))
         model, found = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=config,
             output_loading_info=True,
             dtype=dtype,
-            quantization_config=quantization or quantization_config(precision, dtype),
+            quantization_config=quantization,
             device_map={"": hardware.loads_to},
             use_safetensors=True,
             **LOCAL,
         )
+        if packing and precision not in PACKED:
+            unpack_model(model)
     tokenizer = load_tokenizer(folder)
     if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
         which = f"no weights for {missing[0]} and {len(missing) - 1} more that its config.json names"
@@ -96,11 +109,26 @@ def load_base(name: str, precision: str, hardware: Hardware, revision=None, quan
     return Base(model.eval(), tokenizer, info, hardware)
 
 
+def check_precision(name: str, folder: Path, precision: str) -> Packing | None:
+    """How a folder's GPTQ or AWQ weights are packed; raises UserError where it can't be held so."""
+    config = read_json(folder / "config.json", "fetch it again")
+    packing = packing_of(config.get("quantization_config"), folder)
+    if packing is None and precision in PACKED:
+        make = f"python quant_llama32_4bit_lora.py --model {name} --compare {precision} makes one that is"
+        raise UserError(f"--precision {precision}: {name} is not quantized by {precision.upper()}; {make}")
+    if packing and precision not in (packing.method, *SIXTEEN_OR_MORE):
+        others = f"leave --precision out, or choose {', '.join(SIXTEEN_OR_MORE)} for its values in more bits"
+        raise UserError(f"--precision {precision}: {name} is quantized by {packing.method}; {others}")
+    return packing
+
+
 @contextlib.contextmanager
 def readable(name: str, folder: Path):
     """Turns what transformers raises on a damaged model folder into a UserError."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # a config can make any line of transformers fail
         text = str(error)
         if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate" in text:

@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from config import LORA_VARIANTS
 from qlora.cli import UsageError, note, require
-from qlora.weights import linear_layers
+from qlora.weights import linear_layers, trainable_and_all
 
 PREFIX = "base_model.model."  # what PEFT puts before a module's name
 
@@ -56,8 +56,8 @@ def refuse_broken_dora(model, lora_variant: str) -> None:
 
 
 def show_trainable(model) -> None:
-    """How much LoRA adds, by PEFT's own count (which knows that 4-bit weights are packed), and where."""
-    trainable, total = model.get_nb_trainable_parameters()
+    """How much LoRA adds, by PEFT's own count (which knows what bitsandbytes packs), and where."""
+    trainable, total = trainable_and_all(model)
     megabytes = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) / 1e6
     share = f"{100 * trainable / total:.2f}%"
     note(f"LoRA       {trainable:,} trainable of {total:,} parameters ({share}), {megabytes:.1f} MB in fp32")

@@ -14,8 +14,9 @@ from qlora.files import free_bytes, seal, staged
 from qlora.loading import Base, load_base
 from qlora.logits import last_logits
 from qlora.measures import relative_error
+from qlora.packed import METHODS as PACKED
 from qlora.prompts import render, sentiment_prompt
-from qlora.weights import dequantized
+from qlora.weights import dequantized, trainable_and_all
 
 
 def check_target(out: Path) -> None:
@@ -39,11 +40,12 @@ def merge_into(
     (see merged_model). Raises UserError where less than MERGE_KEEPS of the update is left, unless `force`.
     """
     size = 4.4e-9 if dtype == "fp32" else 2.2e-9
-    wanted, free = size * model.get_nb_trainable_parameters()[1], free_bytes(out) / 1e9
+    wanted, free = size * trainable_and_all(model)[1], free_bytes(out) / 1e9
     if free < wanted:
         raise UserError(f"--merge {out}: needs {wanted:.1f} GB on the disk, {free:.1f} GB are free")
     prompts = probe_prompts(adapter, base)
     reference = logits_of(model, prompts, base)
+    compare = compare and base.info.precision not in PACKED  # of those no original is at hand
     other = ["original" if which == "dequantized" else "dequantized"] if compare else []
     merged = None
     for kind in (*other, which):

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from config import BUNDLED, MODELS
 from qlora.cli import UsageError, UserError, first_line
 from qlora.hub import config_file
+from qlora.packed import METHODS as PACKED
 from qlora.sources import HUB_ID, LOCAL, locate, read_config
 
 SHAPES = json.loads(Path(__file__).with_name("shapes.json").read_text())
@@ -44,6 +45,15 @@ def widths(name: str) -> tuple[int, int]:
         config = model_config(BUNDLED if name == "auto" else name)[0]
         return config.hidden_size, config.intermediate_size
     return widths(BUNDLED)
+
+
+def stored_precision(name: str) -> str:
+    """gptq or awq where that is how a model's files hold it, else nf4: what --precision auto stands for."""
+    with contextlib.suppress(UserError, OSError):
+        found = getattr(model_config(name)[0], "quantization_config", None) or {}
+        if (method := found.get("quant_method")) in PACKED:
+            return method
+    return "nf4"
 
 
 def skeleton(config, dtype: torch.dtype = torch.bfloat16):

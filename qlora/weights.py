@@ -6,11 +6,25 @@ import bitsandbytes as bnb
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from qlora.packed import PackedLinear
+
 
 def linear_layers(model) -> list[tuple[str, torch.nn.Linear]]:
     """(name, layer) of the linear layers but the head, which no precision quantizes."""
     head, linear = model.get_output_embeddings(), torch.nn.Linear
     return [(name, m) for name, m in model.named_modules() if isinstance(m, linear) and m is not head]
+
+
+def is_coded(layer: torch.nn.Linear) -> bool:
+    """Whether its weight is held in few bits and made at each use."""
+    return isinstance(layer, PackedLinear) or getattr(layer.weight, "quant_state", None) is not None
+
+
+def trainable_and_all(model) -> tuple[int, int]:
+    """Parameters of a PEFT model by its own count, which does not see GPTQ's and AWQ's codes."""
+    trainable, total = model.get_nb_trainable_parameters()
+    coded = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    return trainable, total + sum(m.in_features * m.out_features for m in coded)
 
 
 def held_bytes(modules) -> int:

@@ -11,17 +11,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from config import COMPARABLE
+from config import COMPARABLE, EVAL_SAMPLES
 from qlora import prompts as p
-from qlora.cli import UserError, first_line, note, progress, require
+from qlora.cli import UsageError, UserError, first_line, note, progress, require
 from qlora.data import load_rows, split
 from qlora.evaluation import accuracy_report, score_labels
 from qlora.generation import generate
 from qlora.hardware import Hardware, detect, return_freed_memory
+from qlora.lab.calibrated import calibration_notes
 from qlora.lab.compare_pictures import FOUR_BIT, findings, show_header, show_rows
-from qlora.lab.precisions import default_precisions, emulated, load, load_source
+from qlora.lab.precisions import CALIBRATED, default_precisions, emulated, load, load_source, prepare
 from qlora.logits import hidden_states, logits_from
 from qlora.measures import kl_nats, most_values_in_32, relative_error
+from qlora.packed import METHODS as PACKED
 from qlora.weights import dequantized, held_bytes, linear_layers
 
 TEXT_ROWS, TEXT_TOKENS = 4, 256  # of held-out reviews: perplexity and prefill
@@ -49,20 +51,24 @@ def compare(
     eval_samples: int,
     seed: int,
     device="auto",
-    calibration=(32, 256),
+    calibration=(32, 256, 64),
 ) -> dict:
     """Print a row per precision (some of COMPARABLE; default: what this device runs well) and what they say.
 
-    `calibration`: rows of training data, and tokens of each, that static scales are measured on.
+    `calibration`: rows of training data and tokens of each, which gptq, awq and int8-static look at, and how
+    many inputs share a scale in gptq and awq.
     Returns {reference, text, rows, errors, findings}: rows hold figures or a `reason`; errors the relative
     error of each linear layer in 4-bit rows. Raises UserError where no precision could be measured.
     """
     hardware = detect(device=device)
     source = load_source(name, hardware)
     held = held_out(source.tokenizer, eval_samples, seed)
-    calibration = calibration_ids(source.tokenizer, *calibration, max(eval_samples, 64), seed)
     chosen = precisions or default_precisions(hardware)
     ordered = [p for p in COMPARABLE if p in chosen]  # highest first: it becomes the reference
+    *count_and_length, group = calibration
+    ids = None
+    if CALIBRATED & set(ordered):
+        ids = calibration_ids(source.tokenizer, *count_and_length, eval_samples, seed)
     announce(ordered, hardware)
     sizes = {"rows": len(held.text), "tokens_per_row": held.text.shape[1]}
     sizes |= {"kl_positions": held.text[:KL_ROWS].numel(), "eval_rows": eval_samples}
@@ -75,7 +81,7 @@ def compare(
             for precision in ordered:
                 try:
                     row, nats[precision], errors = measure(
-                        name, precision, hardware, held, source.model, calibration
+                        name, precision, hardware, held, source.model, (ids, group)
                     )
                     result["reference"] = result["reference"] or precision
                     result["errors"] |= {precision: errors} if precision in FOUR_BIT else {}
@@ -120,22 +126,33 @@ def held_out(tokenizer, eval_samples: int, seed: int) -> HeldOut:
     )
 
 
-def calibration_ids(tokenizer, rows: int, length: int, held_out: int, seed: int) -> list[list[int]]:
-    """Token ids of training reviews: of each the first `length`. Raises UsageError if they are too few."""
+def calibration_ids(tokenizer, rows: int, length: int, held_out: int, seed: int) -> torch.Tensor:
+    """Token ids (rows, length) of training reviews that have so many; no review that training holds out."""
     require(rows >= 8, f"--calibration-rows {rows}: choose at least 8")
     require(length >= 32, f"--calibration-length {length}: choose at least 32 tokens")
-    reviews, _ = split(load_rows("imdb"), rows, held_out, seed)
-    return [p.text_ids(tokenizer, row.text)[:length] for row in reviews]
+    found, held_out = load_rows("imdb"), max(held_out, EVAL_SAMPLES)
+    reviews, _ = split(found, len(found.rows) - held_out, held_out, seed)
+    chosen: list[list[int]] = []
+    for text in (row.text for row in reviews if len(row.text) >= length):
+        ids = p.text_ids(tokenizer, text)[:length]
+        chosen += [ids] if len(ids) == length else []
+        if len(chosen) == rows:
+            return torch.tensor(chosen)
+    fix = "choose fewer --calibration-rows or a lower --calibration-length"
+    raise UsageError(f"only {len(chosen)} training reviews have {length} tokens, {rows} are wanted: {fix}")
 
 
-def measure(name: str, precision: str, hardware: Hardware, held: HeldOut, source, calibration=()) -> tuple:
+def measure(name: str, precision: str, hardware: Hardware, held: HeldOut, source, calibration) -> tuple:
     """(row, nats per token, relative error of each linear layer); fills an empty `held.reference`."""
+    ids, group = calibration
+    name = prepare(name, precision, hardware, ids, group)
     started = time.perf_counter()
-    model = load(name, precision, hardware, calibration)
+    model = load(name, precision, hardware, ids)
+    made = calibration_notes(model) if precision in PACKED else {}
     text = held.text.to(hardware.device)
     decode(model, text, 1)  # 16-bit weights are mapped from the file: they are read when first multiplied
     load_seconds = time.perf_counter() - started
-    error, errors = weight_errors(model, source)
+    error, errors = weight_errors(model, source, made.get("errors"))
     layers = [layer for _, layer in linear_layers(model)]
     footprint, linear = held_bytes(model.modules()), held_bytes(layers)
     prefill, nats, kl = read(model, text, held.reference)
@@ -149,6 +166,7 @@ def measure(name: str, precision: str, hardware: Hardware, held: HeldOut, source
         "footprint_bytes": footprint,
         "linear_bytes": linear,
         "load_seconds": load_seconds,
+        **({"calibration_seconds": made["seconds"]} if made else {}),
         "weight_error": error,
         "kl": kl,
         "perplexity": math.exp(nats.mean()),
@@ -161,12 +179,16 @@ def measure(name: str, precision: str, hardware: Hardware, held: HeldOut, source
 
 
 @torch.inference_mode()
-def weight_errors(model, source) -> tuple[float, list[dict]]:
-    """|W - W'| / |W| against the weights on disk: over all linear layers, and [{layer, module, error}]."""
+def weight_errors(model, source, known: dict[str, float] | None = None) -> tuple[float, list[dict]]:
+    """|W - W'| / |W| against the weights on disk: over all linear layers, and [{layer, module, error}].
+
+    `known`: each layer's, where its weights can't be compared (AWQ's are stretched).
+    """
     exact, errors, lost, total = dict(linear_layers(source)), [], 0.0, 0.0
     for name, layer in linear_layers(model):
         wanted = exact[name].weight.to(layer.weight.device).float()
-        error, size = relative_error(wanted, dequantized(layer).float()), wanted.norm().item()
+        error = known[name] if known else relative_error(wanted, dequantized(layer).float())
+        size = wanted.norm().item()
         number = re.search(r"\.(\d+)\.", name)
         place = {"layer": int(number[1]) if number else 0, "module": name.rsplit(".", 1)[-1]}
         errors.append({**place, "error": error})

@@ -10,7 +10,7 @@ from qlora.pictures import COLOURS, new_axes, save
 from qlora.tables import table_of
 
 FOUR_BIT = ("fp4", "nf4", "nf4-dq", "torchao-int4wo")
-FOUR_BIT += ("int4", "int4-g64", "int4-sym", "int4-sym-g64", "mxfp4", "nvfp4")
+FOUR_BIT += ("gptq", "awq", "int4", "int4-g64", "int4-sym", "int4-sym-g64", "mxfp4", "nvfp4")
 # Perplexities in arXiv 2305.14314, table 2.
 PAPER = {"nf4-dq": "27.41", "fp4": "29.48 to 31.07", "int4-sym-g64": "34.34"}
 COLUMNS = {
@@ -48,6 +48,8 @@ def show_rows(rows: list[dict], reference: str | None) -> None:
     if cells:
         print(table_of(cells, COLUMNS))
     for row in rows:
+        if "calibration_seconds" in row:
+            print("  {precision}: calibrated in {calibration_seconds:.0f} s, then loaded".format(**row))
         if "reason" in row:
             print(f"  {row['precision']}: not measured: {row['reason'][:100]}")
 

@@ -8,15 +8,18 @@ import torch
 from config import COMPARABLE, PRECISIONS
 from qlora.cli import UserError
 from qlora.hardware import Hardware
+from qlora.lab.calibrated import calibrated_folder
 from qlora.lab.rounded import SCHEMES, round_layers
 from qlora.loading import Base, load_base, quantization_config
+from qlora.packed import METHODS as PACKED
 from qlora.shapes import model_config
 from qlora.sources import locate
 from qlora.weights import linear_layers
 
 # Every product converts weights or activations without a fused kernel: a token takes 2 to 10 times as long.
 SLOW_ON_CPU = ("torchao-int8dyn", "torchao-fp8")
-NAMED_ONLY = tuple(name for name in SCHEMES if name != "int4")  # on a CPU: the table stays short
+CALIBRATED = {*PACKED, "int8-static"}  # what looks at training rows first
+NAMED_ONLY = (*(name for name in SCHEMES if name != "int4"), *PACKED)  # on a CPU: the table stays short
 # As bitsandbytes. torchao's own 128 silently leaves layers that it does not divide (576 wide) in 16 bits.
 INT4_GROUP = 64
 
@@ -47,6 +50,13 @@ def load_source(name: str, hardware: Hardware) -> Base:
     """The model as its files hold it, on the CPU: what every precision is compared with."""
     config, _ = model_config(str(locate(name)[0]))
     return load_base(name, named(config.dtype), dataclasses.replace(hardware, device="cpu"))
+
+
+def prepare(name: str, precision: str, hardware: Hardware, calibration, group: int) -> str:
+    """The model to load: of gptq and awq a folder made of it, on `calibration`'s ids (rows, tokens)."""
+    if precision not in PACKED:
+        return name
+    return str(calibrated_folder(load_base(name, "fp32", hardware), calibration, precision, group))
 
 
 def load(name: str, precision: str, hardware: Hardware, calibration=()):

@@ -218,7 +218,8 @@ def remedies(config, job: Job, usable: float) -> list[dict]:
 
 def footprints(config) -> dict:
     """Bytes of the base by precision and group; `footprint` is transformers' get_memory_footprint()."""
-    return {name: predict(_footprint, config, Job(precision=name)) for name in reversed(PRECISIONS)}
+    names = [name for name, options in reversed(PRECISIONS.items()) if options]  # the others are of files
+    return {name: predict(_footprint, config, Job(precision=name)) for name in names}
 
 
 def _footprint(config, job: Job) -> dict:

@@ -36,7 +36,10 @@ from qlora.live_bytes import LiveBytes
 from qlora.loading import never_repack, quantization_config
 from qlora.logits import causal_lm, hidden_states, loss_at_labels
 from qlora.lora import lora_config
+from qlora.packed import METHODS as PACKED
+from qlora.packed import pack_layers, packing_of
 from qlora.shapes import skeleton
+from qlora.weights import linear_layers
 
 # Bytes that cuBLAS gets from torch's allocator (torch's CUDA notes): with compute capability 9, and before.
 CUBLAS_WORKSPACE = {True: 32 * 2**20, False: 8 * 2**20 + 2**17}
@@ -236,6 +239,11 @@ def planned_model(config, job: Job, lora: bool = True):
         )
     model = skeleton(config, dtype)
     with torch.device("meta"):
+        if job.precision in PACKED:
+            packing = packing_of(getattr(config, "quantization_config", None), config.model_type)
+            if packing is None:
+                raise UserError(f"{config.model_type}: no {job.precision} in its config, so no plan of it")
+            pack_layers(model, {name for name, _ in linear_layers(model)}, packing)
         if quantization:
             replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantization)
             model.is_loaded_in_4bit = quantization.load_in_4bit

@@ -12,6 +12,7 @@ from qlora.logits import IGNORE
 from qlora.measures import percent
 from qlora.pictures import COLOURS, new_axes, save
 from qlora.tables import markdown_table, table
+from qlora.weights import trainable_and_all
 
 COLUMNS = {
     "base_zero_shot": "base, zero-shot",
@@ -35,7 +36,7 @@ def data_section(found, train: list[dict], eval_rows: int) -> dict:
 
 def lora_section(model) -> dict:
     """Parameters by PEFT's own count; bytes of the adapters as they are trained."""
-    trainable, total = model.get_nb_trainable_parameters()
+    trainable, total = trainable_and_all(model)
     counts = {"trainable_parameters": trainable, "all_parameters": total, "percent": 100 * trainable / total}
     return {**counts, "bytes": sum(p.nbytes for p in model.parameters() if p.requires_grad)}
 
