@@ -15,6 +15,7 @@ from qlora.cli import UserError
 from qlora.lab import formats
 from qlora.lab.activations import show_activations
 from qlora.lab.formats import BLOCK, CODEBOOKS, TYPES, relative, round_trip, to_blocks
+from qlora.lab.microscaling import show_microscaling
 from qlora.lab.scales import draw_levels, show_bits, show_levels
 from qlora.measures import most_values_in_32, relative_error
 from qlora.tables import table, table_of
@@ -46,6 +47,7 @@ def show_layer(weight: Tensor, name: str) -> dict:
         "number": show_number(NUMBER, block),
         "block": show_block(block, name),
         "errors": show_errors(rows, gaussian, name),
+        "microscaling": show_microscaling(weight.float(), rows, gaussian, name),
         "bits": show_bits(weight, rows, name),
         "levels": show_levels(gaussian),
     }
