@@ -37,6 +37,9 @@ def make(s: ExportSettings, replace_modelfile: bool = True) -> list[Path]:
     require(s.lora or len(s.types) > 0, "--types: name at least one (f16 alone: --types f16)")
     s = replace(s, types=tuple(map(canonical, s.types)))
     adapter = read(s)
+    if adapter.qat and (s.lora or s.imatrix or adapter.qat not in s.types):
+        grid = f"{adapter.name} was trained through the grid of {adapter.qat}"
+        note(f"note       {grid}: only --types {adapter.qat} without --imatrix and --lora is that model")
     check_disk(s, base_files(adapter)[0])
     with lock_folder(s.output_dir):
         remove_leftovers(s.output_dir)

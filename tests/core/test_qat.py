@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL_RUN, here
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 from peft import LoraConfig, get_peft_model
 
 from config import QatType
-from qlora import fast, merging, qat
-from qlora.adapters import load_trained, read_adapter
+from qlora import fast, qat
 from qlora.cli import UsageError
 from qlora.generation import generate
 from qlora.hardware import detect
@@ -242,42 +240,3 @@ def test_a_batch_of_several_adapters_is_refused(tiny_folder):
     model = with_grid(tiny_folder, "Q4_0").eval()
     with pytest.raises(ValueError, match="can't share a batch"):
         model(input_ids=BATCH["input_ids"], adapter_names=["default", "__base__"])
-
-
-@pytest.fixture(scope="module")
-def trained_by_grid(tmp_path_factory, tiny_folder):
-    """A complete run with --qat Q4_0, and the flags that made it."""
-    out = tmp_path_factory.mktemp("qat") / "run"
-    flags = ("--model", tiny_folder, *SMALL_RUN, "--qat", "Q4_0", "--learning-rate", 0.02)
-    done = here("qlora_finetune.py", *flags, "--output-dir", out)
-    assert done.returncode == 0, done.stderr
-    assert "the libraries' own: quantization-aware training" in done.stderr
-    return out, flags
-
-
-def loss_of(model) -> float:
-    torch.manual_seed(1)
-    ids = torch.randint(5, 2000, (8, 48))
-    with torch.no_grad():
-        logits = model.eval()(input_ids=ids).logits.float()
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
-
-
-def test_the_quantized_merge_is_what_was_trained(trained_by_grid):
-    adapter = read_adapter(trained_by_grid[0])
-    assert adapter.qat == "Q4_0"
-    model, base = load_trained(adapter)
-    assert len(qat.grid_layers(model)) == 14
-    trained = loss_of(model)
-    with qat.without_grid(model):
-        unrounded = loss_of(model)
-    names = [name.removeprefix("base_model.model.") for name, _ in qat.grid_layers(model)]
-    for dtype in ("fp32", "fp16"):
-        merged, _ = merging.merged_model("dequantized", adapter, base, dtype)
-        merged = merged.float()
-        for name in names:
-            weight = merged.get_submodule(name).weight.data
-            file = dequantize(quantize(weight.numpy(), Type.Q4_0), Type.Q4_0)
-            weight.copy_(torch.from_numpy(file))
-        off = abs(loss_of(merged) - trained)
-        assert off < 0.002 and off < abs(unrounded - trained) / 3, (dtype, off, abs(unrounded - trained))
