@@ -28,10 +28,18 @@ def inverse(scales: torch.Tensor) -> torch.Tensor:
     return torch.where((1 / scales).isfinite(), 1 / scales, 0)
 
 
+def first_of_largest(x: torch.Tensor) -> torch.Tensor:
+    """The value of largest magnitude in each row of `x` (rows, width), the first of equals -> (rows, 1)."""
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    if isinstance(x, FakeTensor) or (high == -low).any():
+        return x.gather(1, x.abs().argmax(1, keepdim=True))
+    return torch.where(high > -low, high, low)  # half the time of a whole rounding less
+
+
 def q4_0(weight: torch.Tensor) -> torch.Tensor:
     """GGUF's: 16 levels from -8 d to 7 d; -8 d is the value of largest magnitude, the first of equals."""
     x = weight.reshape(-1, BLOCK)
-    d = x.gather(1, x.abs().argmax(1, keepdim=True)) / -8
+    d = first_of_largest(x) / -8
     codes = (x * inverse(d)).add_(8.5).floor_().clamp_(0, 15).sub_(8)
     return codes.mul_(d.half().float()).view_as(weight)
 
