@@ -74,6 +74,9 @@ Precision = Literal[tuple(PRECISIONS)]
 LORA_VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
 LoraVariant = Literal[tuple(LORA_VARIANTS)]
 
+# Types whose grid a merged weight can go through in training (qlora/qat.py).
+QatType = Literal["Q4_0", "Q8_0", "int4", "fp8"]
+
 # --target-modules NAME -> modules and rank: a small adapter, and one with room for a hard task.
 NAMED_ADAPTERS = {"lite": ("attention", 32), "full": ("all-linear", 256)}
 
@@ -170,6 +173,9 @@ class TrainSettings(ModelSettings):
     grad_accum: int = 1
     # Peak rate. LoRA needs about ten times the rate of full fine-tuning ("LoRA Without Regret").
     learning_rate: float = 5e-4
+    # Quantization-aware: training rounds W + s B A as a file of this type will: GGUF's Q4_0 and Q8_0, int4
+    # (symmetric, groups of 32), fp8 (E4M3, a scale a row). A CPU leaves the layers to the libraries, slower.
+    qat: Optional[QatType] = None
     # Optimizer steps between checkpoints.
     save_steps: int = 100
     # Where adapter, checkpoints and report go.

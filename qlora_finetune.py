@@ -26,6 +26,11 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
         s = parse(TrainSettings, argv, __doc__, default=earlier)
     require(not (s.resume and s.overwrite), "--resume and --overwrite: choose one of them")
     require(s.question is None or s.question.strip() != "", "--question is empty")
+    if s.qat:
+        alone = f"--qat {s.qat} rounds one merged weight a layer"
+        require(s.lora_variant != "dora", f"{alone}: not with --lora-variant dora")
+        require(s.lora_dropout == 0, f"{alone}, which has no dropout in it: leave --lora-dropout out")
+        require(not processes.is_sharded(), f"{alone}: not with the base sharded (FSDP)")
     return s
 
 
@@ -33,7 +38,7 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
     global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, plan, prompts
-    global report, shapes, sharding, sources, BeforeAfter, QLoRATrainer
+    global qat, report, shapes, sharding, sources, BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
@@ -49,6 +54,7 @@ def import_libraries() -> None:
         loading,
         lora,
         prompts,
+        qat,
         shapes,
         sources,
     )
@@ -114,7 +120,8 @@ def train(run) -> None:
         target_modules=lora.resolve_targets(base.model, s.target_modules),
         **LORA_VARIANTS[s.lora_variant],
     )
-    model = get_peft_model(base.model, config)
+    model = get_peft_model(base.model, qat.register(config, s.qat))
+    qat.use_grid(model, "default", s.qat)
     lora.show_trainable(model)
     if processes.is_sharded():
         sharding.shard_base(model, machine.own_device)
@@ -240,7 +247,7 @@ def save_adapter(folder, model, base, prompt, s: TrainSettings) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
     base.tokenizer.save_pretrained(folder)
     rows = {"seed": s.seed, "eval_samples": s.eval_samples, "samples": s.samples}
-    adapters.save_notes(folder, prompt, base.info, {**data.identity(s.dataset), **rows})
+    adapters.save_notes(folder, prompt, base.info, {**data.identity(s.dataset), **rows}, s.qat)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card; ours comes with the report
 
 

@@ -48,10 +48,10 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
 
 def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
-    global BitsAndBytesConfig, PeftModel, TextStreamer, make_fast
+    global BitsAndBytesConfig, LoraConfig, PeftModel, TextStreamer, make_fast
     global adapters, data, evaluation, generation, hardware, hub, loading, measures, merging, plan, prompts
-    global shapes
-    from peft import PeftModel
+    global qat, shapes
+    from peft import LoraConfig, PeftModel
     from transformers import BitsAndBytesConfig, TextStreamer
 
     from qlora import (
@@ -65,6 +65,7 @@ def import_libraries() -> None:
         measures,
         merging,
         prompts,
+        qat,
         shapes,
     )
     from qlora.fast import make_fast
@@ -93,17 +94,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     note(f"base       {name} ({why}), {precision}")
 
     # 2. The adapters, small matrices beside the frozen ones; the first is active.
-    model = base.model
+    model, grid = base.model, next((adapter.qat for adapter in chosen if adapter.qat), None)
     for adapter in chosen:
         if warning := adapters.check_base(adapter, base.info):
             note(f"note       {warning}")
         with adapters.fitting(adapter, base.info):
             if model is base.model:
-                model = PeftModel.from_pretrained(model, adapter.folder, adapter_name=adapter.peft_name)
+                config = qat.register(LoraConfig.from_pretrained(adapter.folder), grid)
+                named = {"adapter_name": adapter.peft_name, "config": config}
+                model = PeftModel.from_pretrained(model, adapter.folder, **named)
             else:
                 model.load_adapter(str(adapter.folder), adapter_name=adapter.peft_name)
             adapters.check_keys(adapter, model)
-        note(f"adapter    {adapter.name}")
+        qat.use_grid(model, adapter.peft_name, adapter.qat)
+        note(f"adapter    {adapter.name}{f', through the grid of {adapter.qat}' if adapter.qat else ''}")
     make_fast(model, machine.lane)
     model.eval()
 

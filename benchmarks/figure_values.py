@@ -16,6 +16,9 @@ FORMATS = {
     "minutes": lambda v: f"{v / 60:.0f} minutes",
     "times": lambda v: f"{v:.1f} times",
     "settings": lambda v: ", ".join(f"{name} {value}" for name, value in v.items()) or "the defaults",
+    # A mean and half the width of its interval (one run alone has none), as shares and as they are.
+    "spread": lambda v: f"{v['mean']:.1%}" + ("" if v["half"] is None else f" ± {100 * v['half']:.1f}"),
+    "around": lambda v: f"{v['mean']:.3f}" + ("" if v["half"] is None else f" ± {v['half']:.3f}"),
     "interval": lambda v: f"{v['accuracy']:.1%} ({100 * v['low']:.1f} to {100 * v['high']:.1f})",
 }
 OPERATIONS = {

@@ -48,4 +48,8 @@ def default_shown(value) -> str:
 
 
 def choices(hint) -> str:
-    return f" One of: {', '.join(map(str, typing.get_args(hint)))}." if "Literal" in repr(hint) else ""
+    """Of Literal["a", "b"], alone or inside Optional or another Literal's Union: ' One of: a, b.'"""
+    if "Literal" not in repr(hint):
+        return ""
+    parts = [part for each in typing.get_args(hint) for part in typing.get_args(each) or (each,)]
+    return f" One of: {', '.join(str(part) for part in parts if part is not type(None))}."

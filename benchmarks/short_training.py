@@ -2,35 +2,64 @@
 
 import statistics  # noqa: I001  (qlora before torch)
 import time
+from dataclasses import dataclass
 
 import qlora  # noqa: F401  (first: it sets what torch reads when it is imported)
+import numpy as np
 import torch
 from peft import get_peft_model
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 from config import BUNDLED, MAX_GRAD_NORM, PAD_MULTIPLE, SENTIMENT_ANSWERS, TrainSettings
+from qlora import qat
 from qlora.batches import LengthBatches, collate, encode_rows
-from qlora.data import load_rows, split
+from qlora.data import Row, load_rows, split
 from qlora.evaluation import accuracy_report, score_labels
 from qlora.fast import make_fast
 from qlora.hardware import detect
-from qlora.loading import load_base
+from qlora.loading import Base, load_base
 from qlora.lora import lora_config
-from qlora.prompts import answer_ids, choose_format, sentiment_prompt
+from qlora.prompts import PromptFormat, answer_ids, choose_format, sentiment_prompt
+
+SPLIT = 42  # of all runs, whatever their seed, which draws LoRA's A and the order of rows
 
 
-def train_and_score(settings: TrainSettings, held_out_rows: int, ready=lambda model: None) -> dict:
-    """Losses of each step, accuracy and mean loss of the right label on held-out reviews, seconds of both.
+@dataclass
+class Trained:
+    """A model after its training, with what it takes to score it."""
 
-    The split is that of seed 42 whatever the seed, which draws LoRA's A and the order of rows; so runs that
-    differ in their seed are scored on the same rows. `ready` may change the model before its first step.
-    """
+    model: torch.nn.Module
+    base: Base
+    prompt: PromptFormat
+    held_out: list[Row]
+    losses: list[float]  # of each step
+    real_tokens: int
+    seconds: float
+
+    def scores(self, model=None) -> np.ndarray:
+        """log P(answer) of the held-out rows (rows, 2), by another model of the same tokenizer if given."""
+        tokenizer = self.base.tokenizer
+        prompts = [sentiment_prompt(tokenizer, self.prompt, row.text) for row in self.held_out]
+        answers = [answer_ids(tokenizer, self.prompt, label) for label in (0, 1)]
+        return score_labels(model or self.model, prompts, answers, self.base.hardware.autocast)
+
+    def report(self, scores: np.ndarray) -> dict:
+        """Accuracy with its interval, and mean loss of the right label."""
+        labels = [row.label for row in self.held_out]
+        found = accuracy_report(scores.argmax(1).tolist(), labels, self.prompt.answers)
+        loss = torch.nn.functional.cross_entropy(torch.from_numpy(scores).float(), torch.tensor(labels))
+        return {**{key: found[key] for key in ("accuracy", "low", "high")}, "held_out_loss": loss.item()}
+
+
+def train(settings: TrainSettings, held_out_rows: int, ready=lambda model: None) -> Trained:
+    """Train on IMDB rows; `ready` may change the model before its first step."""
     base = load_base(BUNDLED, "nf4", detect(lane=settings.lane))
     prompt = choose_format("sentiment", "labels", SENTIMENT_ANSWERS, settings.max_length)
-    rows, held_out = split(load_rows("imdb"), settings.samples, held_out_rows, 42)
+    rows, held_out = split(load_rows("imdb"), settings.samples, held_out_rows, SPLIT)
     examples = encode_rows(base.tokenizer, prompt, rows, "training")
     set_seed(settings.seed)
-    model = get_peft_model(base.model, lora_config(base.model, settings))
+    model = get_peft_model(base.model, qat.register(lora_config(base.model, settings), settings.qat))
+    qat.use_grid(model, "default", settings.qat)
     make_fast(model, base.hardware.lane)
     ready(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -51,18 +80,19 @@ def train_and_score(settings: TrainSettings, held_out_rows: int, ready=lambda mo
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    trained_in = time.perf_counter() - started
-    prompts = [sentiment_prompt(base.tokenizer, prompt, row.text) for row in held_out]
-    answers = [answer_ids(base.tokenizer, prompt, label) for label in (0, 1)]
-    scores = score_labels(model, prompts, answers, base.hardware.autocast)
-    labels = torch.tensor([row.label for row in held_out])
-    report = accuracy_report(scores.argmax(1).tolist(), labels.tolist(), prompt.answers)
+    return Trained(model, base, prompt, held_out, losses, int(tokens), time.perf_counter() - started)
+
+
+def train_and_score(settings: TrainSettings, held_out_rows: int, ready=lambda model: None) -> dict:
+    """Losses of each step, accuracy and mean loss of the right label on held-out reviews, seconds of both."""
+    run = train(settings, held_out_rows, ready)
+    started = time.perf_counter()
+    report = run.report(run.scores())
     return {
-        "losses": losses,
-        "last_quarter": statistics.mean(losses[-steps // 4 :]),
-        **{key: report[key] for key in ("accuracy", "low", "high")},
-        "held_out_loss": torch.nn.functional.cross_entropy(torch.from_numpy(scores).float(), labels).item(),
-        "real_tokens": int(tokens),
-        "train_seconds": trained_in,
-        "score_seconds": time.perf_counter() - started - trained_in,
+        "losses": run.losses,
+        "last_quarter": statistics.mean(run.losses[-len(run.losses) // 4 :]),
+        **report,
+        "real_tokens": run.real_tokens,
+        "train_seconds": run.seconds,
+        "score_seconds": time.perf_counter() - started,
     }

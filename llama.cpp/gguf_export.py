@@ -37,7 +37,10 @@ def make(s: ExportSettings, replace_modelfile: bool = True) -> list[Path]:
     require(s.lora or len(s.types) > 0, "--types: name at least one (f16 alone: --types f16)")
     s = replace(s, types=tuple(map(canonical, s.types)))
     adapter = read(s)
-    check_disk(s, base_files(adapter)[0])
+    if adapter.qat and (s.lora or s.imatrix or adapter.qat not in s.types):
+        grid = f"{adapter.name} was trained through the grid of {adapter.qat}"
+        note(f"note       {grid}: only --types {adapter.qat} without --imatrix and --lora is that model")
+    check_disk(s, base_files(adapter)[0], bool(adapter.qat))
     with lock_folder(s.output_dir):
         remove_leftovers(s.output_dir)
         with scratch(s.output_dir) as aside:
@@ -94,13 +97,16 @@ def base_files(adapter: Adapter) -> tuple[Path, Path | None]:
     return folder, original
 
 
-def check_disk(s: ExportSettings, base: Path) -> None:
-    """Room for the merged folder, its f16 file and the quantizations; asked before anything is written."""
+def check_disk(s: ExportSettings, base: Path, in_fp32: bool = False) -> None:
+    """Room for the merged folder, its f16 file and the quantizations; asked before anything is written.
+
+    `in_fp32`: the merged folder is in 32 bits, and so is a second file, as for --qat.
+    """
     weights = 0
     for path in base.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             weights += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
-    copies = 2 if s.lora else 2 + 0.6 * len(s.types)  # in 16 bits; Q8_0 is 0.53 of one
+    copies = 2 if s.lora else 2 + 3 * in_fp32 + 0.6 * len(s.types)  # in 16 bits; Q8_0 is 0.53 of one
     wanted, free = 2.2 * weights * copies / 1e9, free_bytes(s.output_dir) / 1e9
     if free < wanted:
         raise UserError(
@@ -110,20 +116,26 @@ def check_disk(s: ExportSettings, base: Path) -> None:
 
 def export_merged(s: ExportSettings, adapter: Adapter, aside: Path) -> list[Path]:
     """Quantizations of adapter and base merged (into the weights it was trained on), then their f16."""
-    f16 = s.output_dir / f"{adapter.name}-f16.gguf"
-    if f16.name not in own_files(s.output_dir, adapter):
-        trained = load_trained(adapter)
-        merge_into(aside / "merged", "dequantized", adapter, *trained, compare=False, force=s.force)
-        convert(aside / "merged", aside / f16.name)
-        check_metadata(aside / f16.name, adapter.folder)
+    f16 = whole = s.output_dir / f"{adapter.name}-f16.gguf"
+    missing = f16.name not in own_files(s.output_dir, adapter)
+    if missing or adapter.qat:
+        # What --qat trained stands between two levels by less than fp16's step: it is rounded from 32 bits.
+        how = {"compare": False, "force": s.force, "dtype": "fp32" if adapter.qat else "auto"}
+        merge_into(aside / "merged", "dequantized", adapter, *load_trained(adapter), **how)
+        if adapter.qat:
+            whole = aside / "whole.gguf"
+            convert(aside / "merged", whole, outtype="f32")
+        if missing:
+            convert(aside / "merged", aside / f16.name)
+            check_metadata(aside / f16.name, adapter.folder)
+            add(aside / f16.name, s, adapter, kind="merged", type="f16", imatrix=False)
         shutil.rmtree(aside / "merged")
-        add(aside / f16.name, s, adapter, kind="merged", type="f16", imatrix=False)
     options = ["--imatrix", importance_matrix(adapter, f16, aside)] if s.imatrix else []
     files = []
     for kind in [kind for kind in s.types if kind != "f16"]:
         note(f"quantizing to {kind}")
         file = aside / f"{adapter.name}-{kind}{'-imatrix' if s.imatrix else ''}.gguf"
-        execute(BIN / "llama-quantize", *options, f16, file, kind)
+        execute(BIN / "llama-quantize", *options, whole, file, kind)
         files.append(add(file, s, adapter, kind="merged", type=kind, imatrix=s.imatrix))
     return [*files, f16]
 
@@ -223,9 +235,11 @@ def llama_cli_flags(adapter: Adapter) -> str:
     return shlex.join([*words, "-st", "--temp", "0", "-p", user["content"]])
 
 
-def convert(folder: Path, out: Path, script: str = "convert_hf_to_gguf.py", *options) -> None:
+def convert(
+    folder: Path, out: Path, script: str = "convert_hf_to_gguf.py", *options, outtype: str = "f16"
+) -> None:
     note(f"converting to {out.name}")
-    execute(sys.executable, SOURCE / script, folder, *options, "--outtype", "f16", "--outfile", out)
+    execute(sys.executable, SOURCE / script, folder, *options, "--outtype", outtype, "--outfile", out)
 
 
 def execute(*command) -> None:

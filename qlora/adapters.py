@@ -14,6 +14,8 @@ from pydantic import FiniteFloat
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from config import QatType
+from qlora import qat
 from qlora.cli import UserError, first_line, note, require
 from qlora.fast import make_fast
 from qlora.files import SEAL, broken_files, read_json
@@ -45,6 +47,7 @@ class Notes:
     prompt: PromptFormat
     base: BaseInfo
     dataset: DataNotes | None = None
+    qat: QatType | None = None
 
 
 @dataclass
@@ -73,6 +76,7 @@ class Adapter:
     prompt: PromptFormat | None
     base: BaseInfo | None
     dataset: dict  # name, seed: which rows were held out
+    qat: str | None = None  # the type whose grid it was trained through (qlora/qat.py)
 
     @property
     def name(self) -> str:
@@ -89,9 +93,9 @@ class Adapter:
         return (self.base and self.base.revision) or None
 
 
-def save_notes(folder: Path, prompt: PromptFormat, base: BaseInfo, dataset: dict) -> None:
-    """qlora.json: the prompt and the identity of the base travel with the adapter."""
-    notes = {"prompt": asdict(prompt), "base": asdict(base), "dataset": dataset}
+def save_notes(folder: Path, prompt: PromptFormat, base: BaseInfo, dataset: dict, grid: str | None) -> None:
+    """qlora.json: the prompt, the identity of the base and --qat travel with the adapter."""
+    notes = {"prompt": asdict(prompt), "base": asdict(base), "dataset": dataset, "qat": grid}
     (folder / NOTES).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
 
 
@@ -129,7 +133,7 @@ def read_adapter(folder: Path) -> Adapter:
     whole = Path(notes.base.public_name)
     base_model = str(whole) if whole.is_absolute() and whole.exists() else notes.base.name
     dataset = {k: v for k, v in asdict(notes.dataset).items() if v is not None} if notes.dataset else {}
-    return Adapter(folder, config, base_model, notes.prompt, notes.base, dataset)
+    return Adapter(folder, config, base_model, notes.prompt, notes.base, dataset, notes.qat)
 
 
 def check_weights(path: Path) -> None:
@@ -216,14 +220,17 @@ def check_keys(adapter: Adapter, model) -> None:
 
 
 def load_trained(adapter: Adapter) -> tuple[torch.nn.Module, Base]:
-    """(PEFT model, base) as the adapter was trained: on its own base, at its own precision."""
-    from peft import PeftModel
+    """(PEFT model, base) as the adapter was trained: on its own base, at its own precision, by its grid."""
+    from peft import LoraConfig, PeftModel
 
     precision = adapter.base.precision if adapter.base else "nf4"
     base = load_base(adapter.base_model, precision, detect(precision), adapter.revision)
     check_base(adapter, base.info)
     with fitting(adapter, base.info):
-        model = PeftModel.from_pretrained(base.model, adapter.folder, adapter_name=adapter.peft_name)
+        config = qat.register(LoraConfig.from_pretrained(adapter.folder), adapter.qat)
+        named = {"adapter_name": adapter.peft_name, "config": config}
+        model = PeftModel.from_pretrained(base.model, adapter.folder, **named)
         check_keys(adapter, model)
+    qat.use_grid(model, adapter.peft_name, adapter.qat)
     make_fast(model, base.hardware.lane)
     return model.eval(), base

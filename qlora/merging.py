@@ -55,6 +55,9 @@ def merge_into(
         chosen = "" if not compare else "; this one is written" if kind == which else "; not written"
         note(f"merge      into {kind} weights: logits {100 * drift:.2f}% off the trained model's{chosen}")
     note(f"           {kept.in_words()}")
+    if adapter.qat:
+        grid = f"through the grid of {adapter.qat}, which quantizing to {adapter.qat} applies"
+        note(f"           trained {grid}: until then the logits are that far off")
     if kept.whole < MERGE_KEEPS and not force:
         raise UserError(f"--merge {out}: {kept.too_little()}")
     with staged(out) as part:

@@ -56,6 +56,8 @@ def unusual_adapter(module) -> str:
         return "LoRA's dropout"
     if module.lora_variant:
         return "DoRA or another variant of LoRA"
+    if getattr(module, "grids", None):
+        return "quantization-aware training"
     if any(bias for bias in getattr(module, "lora_bias", {}).values()):
         return "LoRA with a bias"
     return ""

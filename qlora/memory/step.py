@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from config import MAX_GRAD_NORM, PAD_MULTIPLE, PRECISIONS
-from qlora import fast
+from qlora import fast, qat
 from qlora.cli import UserError
 from qlora.cpu.attach import usable
 from qlora.cpu.tokens import whole_rows
@@ -61,6 +61,7 @@ class Job:
     lora_dropout: float = 0.0
     target_modules: str = "all-linear"
     lora_variant: str = "lora"
+    qat: str | None = None
     gradient_checkpointing: bool = False
     labels: int | None = 2  # labelled positions of a row; an answer has two, None: all (objective lm)
     capability: tuple[int, int] = (8, 0)  # compute capability of the GPU
@@ -91,8 +92,9 @@ class Job:
 def predict_training(config, job: Job) -> dict:
     """Bytes at the peak of a training step, optimizer state included, by what they are for.
 
-    weights: the frozen base as held; fast_copy: its dequantized values (CPU only); adapters, gradients,
-    optimizer: LoRA's; activations: kept from forward to backward; logits: the loss's; temporaries: the rest.
+    weights: the frozen base as held; fast_copy: its dequantized values (CPU only), and those that --qat
+    rounded; adapters, gradients, optimizer: LoRA's; activations: kept from forward to backward; logits: the
+    loss's; temporaries: the rest.
     """
     return largest(training_phases(config, job))
 
@@ -248,7 +250,11 @@ def planned_model(config, job: Job, lora: bool = True):
             replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantization)
             model.is_loaded_in_4bit = quantization.load_in_4bit
             model.is_loaded_in_8bit = quantization.load_in_8bit
-        return get_peft_model(model, lora_config(model, job)) if lora else model
+        if not lora:
+            return model
+        model = get_peft_model(model, qat.register(lora_config(model, job), job.qat))
+        qat.use_grid(model, "default", job.qat)
+        return model
 
 
 @contextmanager
@@ -291,6 +297,8 @@ def make_trainable(model, job: Job, live: LiveBytes) -> None:
     live.tag = "fast_copy"
     if not job.on_gpu:
         fast.use_cpu(model, lm, job.lane)
+    for _, layer in qat.grid_layers(model):  # their rounded weights stay from one step to the next
+        layer.rounded("default", job.dtype if job.on_gpu else lm.dtype)
 
     def labelled(lm, input_ids, labels, **kwargs):
         """As many positions as there will be labels; from here on it is the loss that holds memory."""

@@ -142,6 +142,9 @@ def markdown(report: dict) -> str:
     scores = accuracy_parts(evaluation) if "tuned" in evaluation else [perplexity_line(evaluation) + "."]
     title = f"# {report['base']['name']} + LoRA on {report['settings']['dataset']}"
     machine = f"{env['device_name']}, {env['dtype']} ({env['why']}); {versions}."
+    if grid := report["settings"].get("qat"):
+        through = f"every merged weight W + s B A went through its grid (`--qat {grid}`)"
+        machine += f" Trained for {grid}: {through}; PEFT alone computes without it."
     return "\n\n".join([title, machine, *scores, markdown_table(("", ""), facts), "![loss](curves.png)\n"])
 
 

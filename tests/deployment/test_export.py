@@ -12,8 +12,11 @@ import shutil
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+from gguf import GGUFReader, dequantize
 
+from qlora import qat
 from qlora.cli import UsageError, UserError
 
 sys.path.insert(0, str(ROOT / "llama.cpp"))
@@ -22,7 +25,7 @@ import gguf_export
 import gguf_files
 import settings
 from gguf_files import check_metadata
-from qlora.adapters import read_adapter
+from qlora.adapters import load_trained, read_adapter
 from qlora.files import PART, SEAL
 from settings import BIN
 
@@ -267,3 +270,29 @@ def test_a_files_record_goes_before_the_file(tmp_path, trained, monkeypatch):
 def test_types_under_five_bits_are_known_by_their_blocks(kind):
     assert gguf_files.under_five_bits(kind)
     assert not any(map(gguf_files.under_five_bits, ("Q5_0", "Q5_K_M", "Q6_K", "Q8_0", "f16", "bf16", "f32")))
+
+
+@built
+def test_a_file_of_the_type_that_was_trained_for_holds_the_weights_that_were_trained(
+    tmp_path, trained, capsys
+):
+    folder = changed(trained, tmp_path / "adapter")
+    notes = json.loads((folder / "qlora.json").read_text())
+    (folder / "qlora.json").write_text(json.dumps(notes | {"qat": "Q4_0"}))
+    out = tmp_path / "out"
+    export.main(["--adapter", str(folder), "--types", "Q4_0", "Q8_0", "--output-dir", str(out)])
+    assert "only --types Q4_0" not in capsys.readouterr().err
+    assert sorted(p.name for p in out.glob("*.gguf")) == [
+        f"adapter-{t}.gguf" for t in ("Q4_0", "Q8_0", "f16")
+    ]
+    model, _ = load_trained(read_adapter(folder))
+    layers = dict(qat.grid_layers(model.get_base_model()))
+    file = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(out / "adapter-Q4_0.gguf").tensors}
+    for ours, theirs in (("mlp.down_proj", "ffn_down"), ("self_attn.v_proj", "attn_v")):
+        for i in range(2):
+            layer, held = layers[f"model.layers.{i}.{ours}"], file[f"blk.{i}.{theirs}.weight"]
+            (adapter,) = layer.lora_A
+            same = (layer.rounded(adapter, torch.float32).numpy() == held).mean()
+            assert same > 0.9999, same  # sums of W and s B A may end in another last bit
+    export.main(["--adapter", str(folder), "--types", "Q8_0", "--output-dir", str(tmp_path / "other")])
+    assert "trained through the grid of Q4_0: only --types Q4_0" in capsys.readouterr().err

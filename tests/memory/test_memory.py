@@ -11,6 +11,7 @@ import torch
 from peft import get_peft_model
 
 from config import PRECISIONS, TrainSettings
+from qlora import qat
 from qlora.batches import most_labels
 from qlora.cli import UsageError
 from qlora.fast import make_fast
@@ -63,7 +64,8 @@ def real_step(folder, job: Job) -> dict:
     others = LiveBytes()
     others.count_existing()
     lm = load_base(str(folder), job.precision, detect(job.precision, lane=job.lane)).model
-    model = get_peft_model(lm, lora_config(lm, job))
+    model = get_peft_model(lm, qat.register(lora_config(lm, job), job.qat))
+    qat.use_grid(model, "default", job.qat)
     if job.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     make_fast(model, job.lane)
@@ -100,8 +102,13 @@ def real_step(folder, job: Job) -> dict:
         Job(length=64, precision="bf16"),
         Job(length=64, lane="bf16"),
         Job(length=64, lane="libraries"),
+        Job(length=64, qat="Q4_0"),
+        Job(length=64, qat="fp8", precision="bf16"),
     ],
-    ids=["default", "checkpointing", "every token", "attention r64", "bf16", "lane bf16", "libraries"],
+    ids=[
+        *("default", "checkpointing", "every token", "attention r64", "bf16", "lane bf16", "libraries"),
+        *("qat", "qat on bf16"),
+    ],
 )
 def test_a_real_training_step_holds_what_was_predicted(tiny_folder, job):
     job = replace(job, dtype=detect(job.precision, lane=job.lane).dtype)

@@ -106,6 +106,9 @@ def contents(folder) -> dict:
         (["--learning-rate", "nan"], "--learning-rate nan"),
         (["--precision", "nf5"], "--precision"),
         (["--resume", "--overwrite"], "--resume and --overwrite"),
+        (["--qat", "Q4_K"], "--qat"),
+        (["--qat", "Q4_0", "--lora-variant", "dora"], "--qat Q4_0 .*: not with --lora-variant dora"),
+        (["--qat", "fp8", "--lora-dropout", "0.1"], "--qat fp8 .* leave --lora-dropout out"),
         (["--target-modules", "lite", "--lora-r", "8"], "lite means r 32, --lora-r says 8"),
         (
             ["--resume", "--target-modules", "lite", "--lora-r", "8"],
