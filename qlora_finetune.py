@@ -33,7 +33,7 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
     global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, plan, prompts
-    global report, shapes, sharding, sources, BeforeAfter, QLoRATrainer
+    global report, shapes, sharding, sources, variants, BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
@@ -51,6 +51,7 @@ def import_libraries() -> None:
         prompts,
         shapes,
         sources,
+        variants,
     )
     from qlora.memory import plan
     from qlora.training import guards, report, sharding
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(run) -> None:
     """The whole job, in the order in which it happens."""
     s, machine = choose_model(run.settings)
+    variants.check_variant(s.lora_variant, s.precision)
     with processes.first_goes_first():  # the others find what it fetched
         rows, held_out, found = choose_rows(s, run.older)
         if processes.count() > 1:
@@ -105,16 +107,19 @@ def train(run) -> None:
 
     # 2. Small trainable matrices beside the frozen ones. PEFT freezes the base by itself;
     # prepare_model_for_kbit_training would also copy the embeddings to fp32, several times the adapters.
+    targets = lora.resolve_targets(base.model, s.target_modules)
+    variants.check_rank(base.model, targets, s.lora_variant, s.lora_r)
     set_seed(s.seed)  # draws A
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=s.lora_r,
         lora_alpha=s.lora_alpha or 2 * s.lora_r,
         lora_dropout=s.lora_dropout,
-        target_modules=lora.resolve_targets(base.model, s.target_modules),
-        **LORA_VARIANTS[s.lora_variant],
+        target_modules=targets,
+        **LORA_VARIANTS[s.lora_variant].options,
     )
     model = get_peft_model(base.model, config)
+    start = variants.begin(model, base, examples, s)  # what LoraConfig leaves to others
     lora.show_trainable(model)
     if processes.is_sharded():
         sharding.shard_base(model, machine.own_device)
@@ -124,8 +129,8 @@ def train(run) -> None:
 
     # 3. All flags have proved possible: the folder may change. What can the base do? Then train.
     run.begin(s)
-    before = comparison.score_before(run, model, rows)
-    frozen = guards.check_start(healthy, model, examples, machine.autocast, s.lora_variant)
+    before = comparison.score_before(run, model, rows, start.variant.start)
+    frozen = guards.check_start(healthy, model, examples, machine.autocast, start)
     trainer = QLoRATrainer(model, training_arguments(s, machine), examples, base, run, healthy)
     measured = trainer.train_or_resume()
     guards.check_training(healthy, [step["loss"] for step in trainer.history], measured["applied_updates"])
@@ -134,9 +139,9 @@ def train(run) -> None:
     with files.scratch(run.out) if processes.is_first() else contextlib.nullcontext() as aside:
         aside = processes.told_by_first(aside)
         if processes.is_first():
-            save_adapter(aside, model, base, prompt, s)
+            save_adapter(aside, model, base, prompt, (s, start))
         processes.wait()
-        guards.check_end(healthy, model, examples, machine.autocast, (aside, frozen))
+        guards.check_end(healthy, model, examples, machine.autocast, (aside, frozen, start))
         processes.wait()
         if processes.is_first():
             files.publish_sealed(aside, run.out)
@@ -233,11 +238,12 @@ def training_arguments(s: TrainSettings, machine):
     return arguments
 
 
-def save_adapter(folder, model, base, prompt, s: TrainSettings) -> None:
-    """Adapter, tokenizer and prompt."""
+def save_adapter(folder, model, base, prompt, run: tuple) -> None:
+    """Adapter, tokenizer and prompt; `run`: its settings and how the adapter began."""
+    s, start = run
     # A local path means nothing elsewhere: name the base as others can find it.
     model.peft_config["default"].base_model_name_or_path = base.info.public_name
-    model.save_pretrained(folder, save_embedding_layers=False)
+    variants.save(model, folder, start)
     base.tokenizer.save_pretrained(folder)
     rows = {"seed": s.seed, "eval_samples": s.eval_samples, "samples": s.samples}
     adapters.save_notes(folder, prompt, base.info, {**data.identity(s.dataset), **rows})

@@ -57,6 +57,7 @@ class LoraSettings:
     lora_dropout: FiniteFloat = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+    init_lora_weights: bool | str | None = True
     target_modules: str | list[str] | None = None
     base_model_name_or_path: str | None = None
     megatron_config: dict | None = None
@@ -113,6 +114,9 @@ def read_adapter(folder: Path) -> Adapter:
     if settings.peft_type != "LORA":
         kind = f"peft_type {settings.peft_type[:40]}"
         raise UserError(f"{name}: {CONFIG} describes no LoRA adapter ({kind}); {AGAIN}")
+    if str(settings.init_lora_weights).lower().startswith(("pissa", "olora", "corda", "lora_ga")):
+        how = "save it as plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        raise UserError(f"{name}: {settings.init_lora_weights} took a part off the base's weights; {how}")
     if settings.megatron_config:  # PEFT would import the module that the adapter names
         raise UserError(f"{name}: adapters for Megatron are not loaded: they name a module to import")
     if settings.alora_invocation_tokens:

@@ -37,14 +37,18 @@ def resolve_targets(model, wanted: str) -> list[str]:
 
 
 def lora_config(model, settings) -> LoraConfig:
-    """Of anything with lora_r, lora_alpha, lora_dropout, target_modules and lora_variant."""
+    """Of anything with lora_r, lora_alpha, lora_dropout, target_modules and lora_variant.
+
+    For its shapes: how A and B begin is left out, since a model without weights can't be decomposed.
+    """
+    options = LORA_VARIANTS[settings.lora_variant].options
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha or 2 * settings.lora_r,
         lora_dropout=settings.lora_dropout,
         target_modules=resolve_targets(model, settings.target_modules),
-        **LORA_VARIANTS[settings.lora_variant],
+        **{name: value for name, value in options.items() if name != "init_lora_weights"},
     )
 
 
