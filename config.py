@@ -103,6 +103,9 @@ COMPARABLE = (
     *("torchao-int8wo", "torchao-int8dyn", "torchao-int4wo", "torchao-fp8"),
 )
 
+# How --combine adds adapters up, by PEFT's names.
+COMBINATIONS = ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties")
+
 PACKAGED_DATASETS = ("imdb", "rotten_tomatoes")  # by the packaged file's `source` column
 
 EVAL_SAMPLES = 400  # held-out rows scored by default
@@ -236,6 +239,15 @@ class InferSettings:
     merge_dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     # Merge although little of the adapter's update would be left.
     force: bool = False
+    # Add trained adapters up to a new one: FOLDER:WEIGHT …, the weight is 1 where none is given.
+    combine: Optional[tuple[str, ...]] = None
+    # cat: the exact sum, of the sum of the ranks. svd: the nearest to it of the largest rank. linear, ties,
+    # dare_linear, dare_ties: A added to A and B to B, of equal ranks.
+    combination: Literal[COMBINATIONS] = "cat"
+    # Share of an adapter's entries that ties and dare keep. Default: 0.5.
+    density: Optional[float] = None
+    # Where --combine writes the new adapter.
+    output_dir: Optional[Path] = None
     # 0 is greedy: always the most likely token.
     temperature: float = 0.0
     # Sample from the smallest set of tokens with this much probability.
