@@ -1,7 +1,7 @@
 """Every setting; the comment above it is its --help text. Nothing heavy is imported, so --help is quick."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -72,7 +72,7 @@ Precision = Literal[tuple(PRECISIONS)]
 class Variant:
     """A LoRA flavour: what it needs and how it begins; qlora/variants.py does what LoraConfig does not."""
 
-    options: dict = field(default_factory=dict)  # what LoraConfig is given
+    options: dict  # what LoraConfig is given
     # How the base has to be held: a 16-bit type can be decomposed, only a quantized one has lost something.
     weights: Literal["any", "16-bit", "quantized"] = "any"
     # What the untrained model is: the base, nearly the base, the base of which A and B hold a part that is
@@ -82,14 +82,14 @@ class Variant:
 
 
 LORA_VARIANTS = {
-    "lora": Variant(),
+    "lora": Variant({}),
     "rslora": Variant({"use_rslora": True}),
     "dora": Variant({"use_dora": True}, start="nearly"),
-    # Sixteen passes of a randomized SVD find what the exact one finds, in a fifth of the time.
+    # Sixteen passes of a randomized SVD find nearly what the exact one finds, in a fifth of the time.
     "pissa": Variant({"init_lora_weights": "pissa_niter_16"}, "16-bit", "split"),
     "olora": Variant({"init_lora_weights": "olora"}, "16-bit", "split"),
-    "loftq": Variant(weights="quantized", start="original"),
-    "eva": Variant(reads_rows=True),
+    "loftq": Variant({}, weights="quantized", start="original"),
+    "eva": Variant({}, reads_rows=True),
 }
 LoraVariant = Literal[tuple(LORA_VARIANTS)]
 

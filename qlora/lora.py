@@ -36,19 +36,21 @@ def resolve_targets(model, wanted: str) -> list[str]:
     return names
 
 
-def lora_config(model, settings) -> LoraConfig:
+def lora_config(model, settings, begins: bool = False) -> LoraConfig:
     """Of anything with lora_r, lora_alpha, lora_dropout, target_modules and lora_variant.
 
-    For its shapes: how A and B begin is left out, since a model without weights can't be decomposed.
+    How A and B begin is left out unless `begins`: a model without weights can't be decomposed.
     """
-    options = LORA_VARIANTS[settings.lora_variant].options
+    options = dict(LORA_VARIANTS[settings.lora_variant].options)
+    if not begins:
+        options.pop("init_lora_weights", None)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha or 2 * settings.lora_r,
         lora_dropout=settings.lora_dropout,
         target_modules=resolve_targets(model, settings.target_modules),
-        **{name: value for name, value in options.items() if name != "init_lora_weights"},
+        **options,
     )
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.lora import EvaConfig, LoraLayer, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
+from peft.utils.incremental_pca import IncrementalPCA
 from safetensors.torch import save_file
 
 from config import LORA_VARIANTS, PRECISIONS, Variant
@@ -28,6 +29,7 @@ from qlora.weights import dequantized
 
 WEIGHTS = "adapter_model.safetensors"
 SVD_PASSES = 16  # of the randomized SVD; as many as PiSSA's
+EVA_TOKENS = 8192  # that a layer's directions are taken from
 
 
 @dataclass
@@ -123,41 +125,56 @@ def lora_layers(model) -> list[tuple[str, LoraLayer]]:
     return [(n.removeprefix(PREFIX), m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
 
 
+@torch.no_grad()
 def begin_as_inputs(model, base: Base, batches: list[dict]) -> None:
-    """EVA's start: A's rows are the principal directions of a layer's inputs, B is zero.
+    """EVA's start: A's rows are the principal directions of what a layer reads, B is zero.
 
-    Each layer keeps its rank (rho 1): PEFT can also shift ranks between layers, which makes files that a LoRA
-    GGUF can't express. All tokens count, not only the labels.
+    Each layer keeps its rank: PEFT can also shift ranks between layers, which makes files that a LoRA GGUF
+    can't express. All tokens count, not only the labels. PEFT's initialize_lora_eva_weights repeats the rows
+    until no direction turns any more, which has no bound; these rows are read once.
     """
-    config, device = model.peft_config["default"], next(model.parameters()).device
-    targets = config.target_modules
-    config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)
-    note(f"eva        reads training rows until {len(lora_layers(model))} layers' directions settle")
+    layers, device = lora_layers(model), next(model.parameters()).device
+    found = {name: pca(layer.r["default"], layer.in_features) for name, layer in layers}
+    last, same = {"name": "", "x": None}, {}
 
-    def forward(model, batch):
+    def look(name, real, x):
+        if x is last["x"]:  # q, k and v read the same; gate and up, too
+            same[name] = last["name"]
+        else:
+            last.update(name=name, x=x)
+            found[name].partial_fit(x[real].float())
+
+    model.eval()
+    for batch in batches:
+        real = batch["attention_mask"].bool().to(device)
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args, name=name, real=real: look(name, real, args[0]))
+            for name, layer in layers
+        ]
         with base.hardware.autocast():
-            return hidden_states(model, batch["input_ids"].to(device), use_cache=False)
+            hidden_states(model, batch["input_ids"].to(device), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+    for name, layer in layers:
+        layer.lora_A["default"].weight.copy_(found[same.get(name, name)].components_)
 
-    initialize_lora_eva_weights(
-        model, batches, forward_fn=forward, gather_distributed_inputs=False, show_progress_bar=False
-    )
-    # Whoever loads it has nothing to look for; PEFT would list every layer by its whole name.
-    config.init_lora_weights, config.eva_config, config.target_modules = True, None, targets
+
+def pca(lora_r: int, width: int) -> IncrementalPCA:
+    return IncrementalPCA(lora_r, lowrank=True, lowrank_q=min(2 * lora_r, width), lowrank_seed=42)
 
 
 def eva_batches(examples: list[dict], batch_size: int, lora_r: int) -> list[dict]:
-    """Training rows with a mask of their real tokens, at least `lora_r` tokens a batch: PEFT skips fewer."""
-    batches, rows, tokens = [], [], 0
+    """About EVA_TOKENS of training rows with a mask of the real ones, at least 2 r of them in a batch."""
+    batches, rows, tokens, left = [], [], 0, EVA_TOKENS
     for example in examples:
         rows.append(example)
         tokens += len(example["input_ids"])
-        if len(rows) >= batch_size and tokens >= lora_r:
+        if len(rows) >= batch_size and tokens >= 2 * lora_r and left > 0:
             batches.append({"input_ids": collate(rows, 0)["input_ids"], "attention_mask": real_tokens(rows)})
+            left -= tokens
             rows, tokens = [], 0
-    require(
-        bool(batches),
-        f"--lora-r {lora_r}: eva needs as many training tokens, and a batch of --batch-size rows",
-    )
+    few = f"--lora-r {lora_r}: eva needs twice as many training tokens, and a batch of --batch-size rows"
+    require(bool(batches), few)
     return batches
 
 

@@ -188,10 +188,10 @@ def test_eva_takes_the_directions_of_the_inputs(tiny_folder):
 
 def test_padding_is_no_input_of_eva():
     rows = [{"input_ids": [5] * n, "labels": [5] * n} for n in (3, 5)]
-    (batch,) = variants.eva_batches(rows, 2, 8)
+    (batch,) = variants.eva_batches(rows, 2, 4)
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
-    with pytest.raises(UsageError, match="--lora-r 9: eva needs as many training tokens"):
-        variants.eva_batches(rows, 2, 9)
+    with pytest.raises(UsageError, match="--lora-r 5: eva needs twice as many training tokens"):
+        variants.eva_batches(rows, 2, 5)
 
 
 def test_a_planted_b_is_seen_for_plain_lora(tiny_folder):
