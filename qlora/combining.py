@@ -5,6 +5,7 @@ Needs no weights of the base: what is added up are the adapters' own matrices.
 
 import json
 import math
+import shlex
 from pathlib import Path
 
 import torch
@@ -67,9 +68,10 @@ def combine(s: InferSettings) -> None:
         save(model, made, adapters, weights, s, density)
     r = model.peft_config["default"].r
     note(f"written    {s.output_dir}/: {len(adapters)} adapters in one of rank {r} ({s.combination})")
-    every = " ".join(f"--adapter {folder}" for folder in [*(a.folder for a in adapters), s.output_dir])
+    folders = [*(a.folder for a in adapters), s.output_dir]
+    every = " ".join(f"--adapter {shlex.quote(str(folder))}" for folder in folders)
     for name in dict.fromkeys(a.dataset["name"] for a in adapters if "name" in a.dataset):
-        note(f"next       python qlora_inference.py {every} --evaluate --dataset {name}")
+        note(f"next       python qlora_inference.py {every} --evaluate --dataset {shlex.quote(name)}")
 
 
 def check_fits(adapter: Adapter, first: Adapter) -> None:

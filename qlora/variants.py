@@ -25,7 +25,7 @@ from qlora.hardware import precision_of
 from qlora.loading import Base, load_base
 from qlora.logits import hidden_states
 from qlora.lora import PREFIX
-from qlora.weights import dequantized
+from qlora.weights import dequantized, linear_layers
 
 WEIGHTS = "adapter_model.safetensors"
 SVD_PASSES = 16  # of the randomized SVD; as many as PiSSA's
@@ -37,9 +37,8 @@ class Start:
     """What is kept of an adapter's first moment, for the guards and for saving."""
 
     variant: Variant = LORA_VARIANTS["lora"]
-    matrices: dict[str, torch.Tensor] = field(
-        default_factory=dict
-    )  # A0, B0 where they were split off the base
+    # A0 and B0 where they were split off the base, by their names in a file.
+    matrices: dict[str, torch.Tensor] = field(default_factory=dict)
     # LoftQ: |W - Q| and |W - Q - s B A| relative to |W|, of each layer; W original, Q quantized
     distances: dict[str, tuple[float, float]] = field(default_factory=dict)
     untouched: Callable[[Path | None], torch.nn.Module] | None = None  # see untouched_base
@@ -63,7 +62,7 @@ def check_rank(model, targets: list[str], name: str, lora_r: int) -> None:
     variant = LORA_VARIANTS[name]
     if variant.start not in ("split", "original") and not variant.reads_rows:
         return
-    layers = [(n, m) for n, m in model.named_modules() if n.rsplit(".", 1)[-1] in targets]
+    layers = [(n, m) for n, m in linear_layers(model) if n.rsplit(".", 1)[-1] in targets]
     first, least = min(((n, min(m.in_features, m.out_features)) for n, m in layers), key=lambda row: row[1])
     most = f"{name} takes at most {least}, the rank of {first}; lower it or choose --target-modules"
     require(lora_r <= least, f"--lora-r {lora_r}: {most}")
