@@ -31,6 +31,7 @@ results: .venv/installed  ## measure again (several hours; all but the longer ru
 	$(BIN)/python benchmarks/training_speed.py --sweep
 	$(BIN)/python benchmarks/gradient_error.py
 	$(BIN)/python benchmarks/young_adapters.py
+	$(BIN)/python benchmarks/lora_variants.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/memory_prediction.py

@@ -70,8 +70,30 @@ PRECISIONS = {
 }
 Precision = Literal[tuple(PRECISIONS)]
 
-# LoRA flavours: what LoraConfig is given.
-LORA_VARIANTS = {"lora": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}
+
+@dataclass(frozen=True)
+class Variant:
+    """A LoRA flavour: what it needs and how it begins; qlora/variants.py does what LoraConfig does not."""
+
+    options: dict  # what LoraConfig is given
+    # How the base has to be held: a 16-bit type can be decomposed, only a quantized one has lost something.
+    weights: Literal["any", "16-bit", "quantized"] = "any"
+    # What the untrained model is: the base, nearly the base, the base of which A and B hold a part that is
+    # taken off the frozen weights, or nearer to the original weights than the quantized base.
+    start: Literal["base", "nearly", "split", "original"] = "base"
+    reads_rows: bool = False  # A is made from what training rows put into each layer
+
+
+LORA_VARIANTS = {
+    "lora": Variant({}),
+    "rslora": Variant({"use_rslora": True}),
+    "dora": Variant({"use_dora": True}, start="nearly"),
+    # Sixteen passes of a randomized SVD find nearly what the exact one finds, in a fifth of the time.
+    "pissa": Variant({"init_lora_weights": "pissa_niter_16"}, "16-bit", "split"),
+    "olora": Variant({"init_lora_weights": "olora"}, "16-bit", "split"),
+    "loftq": Variant({}, weights="quantized", start="original"),
+    "eva": Variant({}, reads_rows=True),
+}
 LoraVariant = Literal[tuple(LORA_VARIANTS)]
 
 # Types whose grid a merged weight can go through in training (qlora/qat.py).
@@ -86,6 +108,9 @@ COMPARABLE = (
     *("gptq", "awq", "int4", "int4-g64", "int4-sym", "int4-sym-g64", "mxfp4", "nvfp4"),
     *("torchao-int8wo", "torchao-int8dyn", "torchao-int4wo", "torchao-fp8"),
 )
+
+# How --combine adds adapters up, by PEFT's names.
+COMBINATIONS = ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties")
 
 PACKAGED_DATASETS = ("imdb", "rotten_tomatoes")  # by the packaged file's `source` column
 
@@ -141,7 +166,8 @@ class ModelSettings:
     lora_dropout: float = 0.0
     # all-linear, attention, module names (q_proj,v_proj), lite (attention, r 32) or full (all-linear, r 256).
     target_modules: str = "all-linear"
-    # LoRA flavour, as PEFT offers them.
+    # LoRA flavour. pissa and olora start from 16-bit weights (--precision bf16), loftq needs quantized ones,
+    # eva reads training rows first; see docs/how-it-works.md.
     lora_variant: LoraVariant = "lora"
     # Draws the split, the order of rows, LoRA's A and samples.
     seed: int = 42
@@ -223,6 +249,15 @@ class InferSettings:
     merge_dtype: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
     # Merge although little of the adapter's update would be left.
     force: bool = False
+    # Add trained adapters up to a new one: FOLDER:WEIGHT …, the weight is 1 where none is given.
+    combine: Optional[tuple[str, ...]] = None
+    # cat: the exact sum, of the sum of the ranks. svd: the nearest to it of the largest rank. linear, ties,
+    # dare_linear, dare_ties: A added to A and B to B, of equal ranks.
+    combination: Literal[COMBINATIONS] = "cat"
+    # Share of an adapter's entries that ties and dare keep. Default: 0.5.
+    density: Optional[float] = None
+    # Where --combine writes the new adapter.
+    output_dir: Optional[Path] = None
     # 0 is greedy: always the most likely token.
     temperature: float = 0.0
     # Sample from the smallest set of tokens with this much probability.

@@ -28,7 +28,8 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
     require(s.question is None or s.question.strip() != "", "--question is empty")
     if s.qat:
         alone = f"--qat {s.qat} rounds one merged weight a layer"
-        require(s.lora_variant != "dora", f"{alone}: not with --lora-variant dora")
+        whole = s.lora_variant not in ("dora", "pissa", "olora")
+        require(whole, f"{alone}: not with --lora-variant {s.lora_variant}")
         require(s.lora_dropout == 0, f"{alone}, which has no dropout in it: leave --lora-dropout out")
         require(not processes.is_sharded(), f"{alone}: not with the base sharded (FSDP)")
     return s
@@ -38,7 +39,7 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
     global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, plan, prompts
-    global qat, report, shapes, sharding, sources, BeforeAfter, QLoRATrainer
+    global qat, report, shapes, sharding, sources, variants, BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
@@ -57,6 +58,7 @@ def import_libraries() -> None:
         qat,
         shapes,
         sources,
+        variants,
     )
     from qlora.memory import plan
     from qlora.training import guards, report, sharding
@@ -77,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(run) -> None:
     """The whole job, in the order in which it happens."""
     s, machine = choose_model(run.settings)
+    variants.check_variant(s.lora_variant, s.precision)
     with processes.first_goes_first():  # the others find what it fetched
         rows, held_out, found = choose_rows(s, run.older)
         if processes.count() > 1:
@@ -111,17 +114,20 @@ def train(run) -> None:
 
     # 2. Small trainable matrices beside the frozen ones. PEFT freezes the base by itself;
     # prepare_model_for_kbit_training would also copy the embeddings to fp32, several times the adapters.
+    targets = lora.resolve_targets(base.model, s.target_modules)
+    variants.check_rank(base.model, targets, s.lora_variant, s.lora_r)
     set_seed(s.seed)  # draws A
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=s.lora_r,
         lora_alpha=s.lora_alpha or 2 * s.lora_r,
         lora_dropout=s.lora_dropout,
-        target_modules=lora.resolve_targets(base.model, s.target_modules),
-        **LORA_VARIANTS[s.lora_variant],
+        target_modules=targets,
+        **LORA_VARIANTS[s.lora_variant].options,
     )
     model = get_peft_model(base.model, qat.register(config, s.qat))
     qat.use_grid(model, "default", s.qat)
+    start = variants.begin(model, base, examples, s)  # what LoraConfig leaves to others
     lora.show_trainable(model)
     if processes.is_sharded():
         sharding.shard_base(model, machine.own_device)
@@ -131,8 +137,8 @@ def train(run) -> None:
 
     # 3. All flags have proved possible: the folder may change. What can the base do? Then train.
     run.begin(s)
-    before = comparison.score_before(run, model, rows)
-    frozen = guards.check_start(healthy, model, examples, machine.autocast, s.lora_variant)
+    before = comparison.score_before(run, model, rows, start.variant.start)
+    frozen = guards.check_start(healthy, model, examples, machine.autocast, start)
     trainer = QLoRATrainer(model, training_arguments(s, machine), examples, base, run, healthy)
     measured = trainer.train_or_resume()
     guards.check_training(healthy, [step["loss"] for step in trainer.history], measured["applied_updates"])
@@ -141,9 +147,9 @@ def train(run) -> None:
     with files.scratch(run.out) if processes.is_first() else contextlib.nullcontext() as aside:
         aside = processes.told_by_first(aside)
         if processes.is_first():
-            save_adapter(aside, model, base, prompt, s)
+            save_adapter(aside, model, base, prompt, (s, start))
         processes.wait()
-        guards.check_end(healthy, model, examples, machine.autocast, (aside, frozen))
+        guards.check_end(healthy, model, examples, machine.autocast, (aside, frozen, start))
         processes.wait()
         if processes.is_first():
             files.publish_sealed(aside, run.out)
@@ -176,11 +182,12 @@ def train(run) -> None:
 
 def choose_model(s: TrainSettings):
     """(settings with the model and precision that `auto` stands for, hardware)"""
-    precision, sizes = s.precision, shapes.widths(s.model)
+    precision, config = s.precision, shapes.peek(s.model)
+    sizes = shapes.widths(config)
     if precision == "auto" and s.model.lower().endswith(".gguf"):  # its own values
         precision = hardware.precision_of(hardware.detect("nf4", s.device, s.lane, sizes).dtype)
     elif precision == "auto":
-        precision = shapes.stored_precision(s.model)
+        precision = shapes.stored_precision(config)
     machine = hardware.detect(precision, s.device, s.lane, sizes)
     hardware.show(machine)
     processes.meet(machine.device)
@@ -240,11 +247,12 @@ def training_arguments(s: TrainSettings, machine):
     return arguments
 
 
-def save_adapter(folder, model, base, prompt, s: TrainSettings) -> None:
-    """Adapter, tokenizer and prompt."""
+def save_adapter(folder, model, base, prompt, run: tuple) -> None:
+    """Adapter, tokenizer and prompt; `run`: its settings and how the adapter began."""
+    s, start = run
     # A local path means nothing elsewhere: name the base as others can find it.
     model.peft_config["default"].base_model_name_or_path = base.info.public_name
-    model.save_pretrained(folder, save_embedding_layers=False)
+    variants.save(model, folder, start)
     base.tokenizer.save_pretrained(folder)
     rows = {"seed": s.seed, "eval_samples": s.eval_samples, "samples": s.samples}
     adapters.save_notes(folder, prompt, base.info, {**data.identity(s.dataset), **rows}, s.qat)

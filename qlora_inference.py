@@ -1,4 +1,4 @@
-"""Use what was trained: answer, chat, compare, score, merge.
+"""Use what was trained: answer, chat, compare, score, merge, combine.
 
     python qlora_inference.py "I laughed, I cried, I want to see it again."
     python qlora_inference.py                                   # a chat on a terminal, else lines from stdin
@@ -21,9 +21,16 @@ from qlora.cli import UsageError, UserError, note, parse, require, run
 def read_settings(argv: Sequence[str] | None) -> InferSettings:
     """Flags -> settings that go together."""
     s = parse(InferSettings, argv, __doc__)
+    require(not (s.combine is not None and s.adapter), "--combine names the adapters: leave --adapter out")
+    require((s.combine is None) == (s.output_dir is None), "--combine and --output-dir: both or none")
+    named = s.combine != ()
+    require(named, "--combine: name adapters, FOLDER:WEIGHT each")
+    sparse = s.combination.startswith(("ties", "dare"))
+    require(s.density is None or sparse, f"--density: {s.combination} keeps all entries; choose ties or dare")
     s = dataclasses.replace(s, adapter=s.adapter or ("qlora-out",))
     alone, one = s.adapter == ("none",), len(s.adapter) == 1
     asked = {"a prompt": s.prompt, "--prompts": s.prompts, "--evaluate": s.evaluate, "--merge": s.merge}
+    asked["--combine"] = s.combine
     jobs = [name for name, value in asked.items() if value not in (None, False)]
     typed = not jobs and sys.stdin is not None and sys.stdin.isatty()
     require(one or "none" not in s.adapter, "--adapter none: nothing else can be loaded with it")
@@ -37,6 +44,7 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
     require(s.prompts is None or s.prompts.is_file(), f"--prompts {s.prompts}: no such file")
     require(s.merge is None or one and not alone, "--merge: exactly one --adapter is merged")
     require(not (s.merge and s.compare), "--merge and --compare: one thing at a time")
+    require(not (s.combine and s.compare), "--combine and --compare: one thing at a time")
     require(not (s.compare and alone), "--compare: needs an --adapter to compare with the base")
     require(not (typed and s.compare), "--compare: give prompts or --evaluate; in a chat use /base")
     samples = s.temperature > 0 or (s.top_p == 1 and s.top_k == 0)
@@ -49,13 +57,14 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
 def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, PeftModel, TextStreamer, make_fast
-    global adapters, data, evaluation, generation, hardware, hub, loading, measures, merging, plan, prompts
-    global qat, shapes
+    global adapters, combining, data, evaluation, generation, hardware, hub, loading, measures, merging
+    global plan, prompts, qat, shapes
     from peft import LoraConfig, PeftModel
     from transformers import BitsAndBytesConfig, TextStreamer
 
     from qlora import (
         adapters,
+        combining,
         data,
         evaluation,
         generation,
@@ -75,6 +84,10 @@ def import_libraries() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     s = read_settings(argv)
     import_libraries()
+    if s.combine:
+        merging.check_target(s.output_dir, "--output-dir")
+        combining.combine(s)
+        return
     chosen = [adapters.read_adapter(Path(folder)) for folder in s.adapter if folder != "none"]
     names = [adapter.name for adapter in chosen]
     require(len(set(names)) == len(names), f"--adapter: two folders have the same name ({', '.join(names)})")
@@ -130,7 +143,7 @@ def choose_base(s: InferSettings, chosen: list):
     """(model, why, precision, hardware) that `auto` stands for."""
     trained, precision = chosen[0].base if chosen else None, s.precision
     if precision == "auto":
-        precision = trained.precision if trained else shapes.stored_precision(s.model)
+        precision = trained.precision if trained else shapes.stored_precision(shapes.peek(s.model))
     machine = hardware.detect(precision, s.device, s.lane)
     hardware.show(machine)
     if s.model != "auto":
@@ -253,11 +266,12 @@ def evaluate(s: InferSettings, chosen: list, model, base) -> None:
     """Accuracy with each adapter's own prompt, by default on the rows that its training held out."""
     reviews = prompts.choose_format("sentiment", "labels", SENTIMENT_ANSWERS, TrainSettings.max_length)
     for adapter in chosen or [None]:
-        trained = adapter.dataset if adapter else {"seed": s.seed}  # the base was trained on none of them
         prompt = adapter.prompt if adapter else reviews
         if prompt is None or not prompt.asks:
             raise UserError("--evaluate scores answers to labelled rows; this adapter was trained on none")
-        name = s.dataset if s.dataset != "auto" else trained.get("name", "imdb")
+        own = adapter.dataset.get("name", "imdb") if adapter else "imdb"
+        name = s.dataset if s.dataset != "auto" else own
+        trained = adapter.trained_on(name) if adapter else {"seed": s.seed}  # the base: on none of them
         rows, found = data.held_out_rows(name, trained, s.eval_samples)
         match_answers(name, found.answers, prompt.answers)
         note(f"data       {found.origin}: {len(rows)} held-out rows")

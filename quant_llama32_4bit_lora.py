@@ -37,6 +37,10 @@ def read_settings(argv: Sequence[str] | None) -> DemoSettings:
     for name in s.compare or ():
         require(name in COMPARABLE, f"--compare {name}: no such precision; choose from {known}")
     require(s.adapter is None or "ledger" in chosen_parts(s), "--adapter: only --ledger reads it")
+    variant = LORA_VARIANTS[s.lora_variant]
+    as_lora = variant.start in ("base", "nearly") and not variant.reads_rows
+    shows = f"--untrained shows how lora, rslora and dora begin, not {s.lora_variant}; name other parts"
+    require(as_lora or "untrained" not in chosen_parts(s), f"--lora-variant {s.lora_variant}: {shows}")
     earlier_results(s.output_dir)
     return s
 
@@ -98,7 +102,7 @@ def lesson(s: DemoSettings, machine) -> dict:
             lora_alpha=s.lora_alpha or 2 * s.lora_r,
             lora_dropout=s.lora_dropout,
             target_modules=lora.resolve_targets(base.model, s.target_modules),
-            **LORA_VARIANTS[s.lora_variant],
+            **LORA_VARIANTS[s.lora_variant].options,
         )
         results["untrained"] = untrained.show_untrained(base, config, s.prompt, s.seed)
     if begin("sampling", parts):
@@ -127,7 +131,8 @@ def lesson(s: DemoSettings, machine) -> dict:
 def choose_model(asked: DemoSettings):
     """(settings with a model, hardware); raises UserError for what a chosen part could not work with."""
     if asked.precision == "auto":
-        asked = dataclasses.replace(asked, precision=shapes.stored_precision(asked.model))
+        stored = shapes.stored_precision(shapes.peek(asked.model))
+        asked = dataclasses.replace(asked, precision=stored)
     machine = hardware.detect(asked.precision, asked.device, asked.lane)
     hardware.show(machine)
     model, why = asked.model, "given"

@@ -158,7 +158,8 @@ def measure(method: str, seed: int, flags, bases: dict) -> list[dict]:
             row["survival"] = survival(
                 (scores, bases[f"{method} {form}"]), (trained, bases[f"{method} trained"])
             )
-            row |= {"train_seconds": run.seconds, "loss_last": statistics.mean(run.losses[-10:])}
+            row["train_seconds"] = run.costs["train_seconds"]
+            row["loss_last"] = statistics.mean(run.losses[-10:])
             print(json.dumps(row), flush=True)
             rows.append(row)
     return rows

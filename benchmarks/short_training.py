@@ -11,12 +11,13 @@ from peft import get_peft_model
 from transformers import get_linear_schedule_with_warmup, set_seed
 
 from config import BUNDLED, MAX_GRAD_NORM, PAD_MULTIPLE, SENTIMENT_ANSWERS, TrainSettings
-from qlora import qat
+from qlora import qat, variants
 from qlora.batches import LengthBatches, collate, encode_rows
 from qlora.data import Row, load_rows, split
 from qlora.evaluation import accuracy_report, score_labels
 from qlora.fast import make_fast
 from qlora.hardware import detect
+from qlora.live_bytes import StepPeak
 from qlora.loading import Base, load_base
 from qlora.lora import lora_config
 from qlora.prompts import PromptFormat, answer_ids, choose_format, sentiment_prompt
@@ -26,15 +27,14 @@ SPLIT = 42  # of all runs, whatever their seed, which draws LoRA's A and the ord
 
 @dataclass
 class Trained:
-    """A model after its training, with what it takes to score it."""
+    """A model after its training, with what it takes to score it, and what it cost."""
 
     model: torch.nn.Module
     base: Base
     prompt: PromptFormat
     held_out: list[Row]
     losses: list[float]  # of each step
-    real_tokens: int
-    seconds: float
+    costs: dict  # start_seconds, train_seconds, step_seconds, real_tokens, peak_bytes
 
     def scores(self, model=None) -> np.ndarray:
         """log P(answer) of the held-out rows (rows, 2), by another model of the same tokenizer if given."""
@@ -52,14 +52,22 @@ class Trained:
 
 
 def train(settings: TrainSettings, held_out_rows: int, ready=lambda model: None) -> Trained:
-    """Train on IMDB rows; `ready` may change the model before its first step."""
-    base = load_base(BUNDLED, "nf4", detect(lane=settings.lane))
+    """Train on IMDB rows; `ready` may change the model before its first step.
+
+    Runs that differ in their seed are scored on the same rows.
+    """
+    precision = "nf4" if settings.precision == "auto" else settings.precision
+    base = load_base(BUNDLED, precision, detect(precision, lane=settings.lane))
     prompt = choose_format("sentiment", "labels", SENTIMENT_ANSWERS, settings.max_length)
     rows, held_out = split(load_rows("imdb"), settings.samples, held_out_rows, SPLIT)
     examples = encode_rows(base.tokenizer, prompt, rows, "training")
     set_seed(settings.seed)
-    model = get_peft_model(base.model, qat.register(lora_config(base.model, settings), settings.qat))
+    begun = time.perf_counter()
+    config = lora_config(base.model, settings, begins=True)
+    model = get_peft_model(base.model, qat.register(config, settings.qat))
     qat.use_grid(model, "default", settings.qat)
+    variants.begin(model, base, examples, settings)
+    begun = time.perf_counter() - begun
     make_fast(model, base.hardware.lane)
     ready(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -68,23 +76,29 @@ def train(settings: TrainSettings, held_out_rows: int, ready=lambda model: None)
     order = list(LengthBatches([len(e["input_ids"]) for e in examples], batch, settings.seed))
     steps = len(order) // batch
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 20, steps)
-    losses, tokens, started = [], 0, time.perf_counter()
+    losses, took, tokens, peak, started = [], [], 0, StepPeak("cpu"), time.perf_counter()
     model.train()
     for step in range(steps):
         given = collate([examples[i] for i in order[batch * step : batch * (step + 1)]], 0, PAD_MULTIPLE)
         tokens += given.pop("real_tokens")
-        loss = model(**given).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
-        optimizer.step()
+        began = time.perf_counter()
+        with peak.watch(given["input_ids"].shape[1], steady=step > 0):
+            loss = model(**given).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+            optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return Trained(model, base, prompt, held_out, losses, int(tokens), time.perf_counter() - started)
+        took.append(time.perf_counter() - began)
+    costs = {"real_tokens": int(tokens), "peak_bytes": peak.bytes, "start_seconds": begun}
+    # Counting bytes makes a few steps slow: the median.
+    costs |= {"step_seconds": statistics.median(took), "train_seconds": time.perf_counter() - started}
+    return Trained(model, base, prompt, held_out, losses, costs)
 
 
 def train_and_score(settings: TrainSettings, held_out_rows: int, ready=lambda model: None) -> dict:
-    """Losses of each step, accuracy and mean loss of the right label on held-out reviews, seconds of both."""
+    """Losses of each step, accuracy and mean loss of the right label on held-out reviews, costs of both."""
     run = train(settings, held_out_rows, ready)
     started = time.perf_counter()
     report = run.report(run.scores())
@@ -92,7 +106,6 @@ def train_and_score(settings: TrainSettings, held_out_rows: int, ready=lambda mo
         "losses": run.losses,
         "last_quarter": statistics.mean(run.losses[-len(run.losses) // 4 :]),
         **report,
-        "real_tokens": run.real_tokens,
-        "train_seconds": run.seconds,
+        **run.costs,
         "score_seconds": time.perf_counter() - started,
     }

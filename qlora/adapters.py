@@ -41,6 +41,13 @@ class DataNotes:
 
 
 @dataclass
+class Combination:
+    """Of an adapter that qlora/combining.py made: the rows of all that are in it."""
+
+    trained_on: list[DataNotes]
+
+
+@dataclass
 class Notes:
     """qlora.json."""
 
@@ -48,6 +55,7 @@ class Notes:
     base: BaseInfo
     dataset: DataNotes | None = None
     qat: QatType | None = None
+    combination: Combination | None = None
 
 
 @dataclass
@@ -60,6 +68,7 @@ class LoraSettings:
     lora_dropout: FiniteFloat = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+    init_lora_weights: bool | str | None = True
     target_modules: str | list[str] | None = None
     base_model_name_or_path: str | None = None
     megatron_config: dict | None = None
@@ -77,6 +86,7 @@ class Adapter:
     base: BaseInfo | None
     dataset: dict  # name, seed: which rows were held out
     qat: str | None = None  # the type whose grid it was trained through (qlora/qat.py)
+    others: tuple[dict, ...] = ()  # what is known of the rows of those that a combination was made of
 
     @property
     def name(self) -> str:
@@ -86,6 +96,10 @@ class Adapter:
     def peft_name(self) -> str:
         """As torch wants a module's name: no dots, no attribute of its own (a folder may be `training`)."""
         return "adapter_" + self.name.encode().hex()
+
+    def trained_on(self, name: str) -> dict:
+        """What is known of its training rows if some were of this dataset, or else of its own."""
+        return next((rows for rows in self.others if rows["name"] == name), self.dataset)
 
     @property
     def revision(self) -> str | None:
@@ -117,6 +131,9 @@ def read_adapter(folder: Path) -> Adapter:
     if settings.peft_type != "LORA":
         kind = f"peft_type {settings.peft_type[:40]}"
         raise UserError(f"{name}: {CONFIG} describes no LoRA adapter ({kind}); {AGAIN}")
+    if str(settings.init_lora_weights).lower().startswith(("pissa", "olora", "corda", "lora_ga")):
+        how = "save it as plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        raise UserError(f"{name}: {settings.init_lora_weights} took a part off the base's weights; {how}")
     if settings.megatron_config:  # PEFT would import the module that the adapter names
         raise UserError(f"{name}: adapters for Megatron are not loaded: they name a module to import")
     if settings.alora_invocation_tokens:
@@ -132,8 +149,13 @@ def read_adapter(folder: Path) -> Adapter:
     # The base was perhaps named relative to another folder; its whole path is known.
     whole = Path(notes.base.public_name)
     base_model = str(whole) if whole.is_absolute() and whole.exists() else notes.base.name
-    dataset = {k: v for k, v in asdict(notes.dataset).items() if v is not None} if notes.dataset else {}
-    return Adapter(folder, config, base_model, notes.prompt, notes.base, dataset, notes.qat)
+    others = tuple(map(known, notes.combination.trained_on)) if notes.combination else ()
+    dataset = known(notes.dataset) if notes.dataset else {}
+    return Adapter(folder, config, base_model, notes.prompt, notes.base, dataset, notes.qat, others)
+
+
+def known(rows: DataNotes) -> dict:
+    return {k: v for k, v in asdict(rows).items() if v is not None}
 
 
 def check_weights(path: Path) -> None:
@@ -196,12 +218,13 @@ def _give_up(*_) -> None:
     raise TimeoutError("its pattern does not end")
 
 
-def check_keys(adapter: Adapter, model) -> None:
+def check_keys(adapter: Adapter, model, name: str = "") -> None:
     """Raises UserError where the file lacks matrices that the model now has, or has some that found no place.
 
-    PEFT warns of the first and says nothing of the second: the model would answer as the base does.
+    PEFT warns of the first and says nothing of the second: the model would answer as the base does. `name` is
+    what `model` calls the adapter, by default its peft_name.
     """
-    name = adapter.peft_name
+    name = name or adapter.peft_name
     wanted = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     with safe_open(adapter.folder / WEIGHTS, "pt") as file:
         there = {key.removesuffix(".weight") for key in file.keys()}  # noqa: SIM118

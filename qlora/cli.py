@@ -35,6 +35,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "seed": (lambda n: 0 <= n < 2**32, "must be between 0 and 2**32 - 1"),
     "temperature": (lambda n: 0 <= n <= 100, "must be from 0 (greedy) to 100"),
     "top_p": (lambda n: 0 < n <= 1, "must be above 0 and at most 1"),
+    "density": (lambda n: 0 < n <= 1, "must be above 0 and at most 1"),
     "top_k": (lambda n: 0 <= n <= 10**9, "must be 0 (off) or above, at most 1,000,000,000"),
 }
 

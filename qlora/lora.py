@@ -36,15 +36,21 @@ def resolve_targets(model, wanted: str) -> list[str]:
     return names
 
 
-def lora_config(model, settings) -> LoraConfig:
-    """Of anything with lora_r, lora_alpha, lora_dropout, target_modules and lora_variant."""
+def lora_config(model, settings, begins: bool = False) -> LoraConfig:
+    """Of anything with lora_r, lora_alpha, lora_dropout, target_modules and lora_variant.
+
+    How A and B begin is left out unless `begins`: a model without weights can't be decomposed.
+    """
+    options = dict(LORA_VARIANTS[settings.lora_variant].options)
+    if not begins:
+        options.pop("init_lora_weights", None)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha or 2 * settings.lora_r,
         lora_dropout=settings.lora_dropout,
         target_modules=resolve_targets(model, settings.target_modules),
-        **LORA_VARIANTS[settings.lora_variant],
+        **options,
     )
 
 

@@ -19,14 +19,14 @@ from qlora.prompts import render, sentiment_prompt
 from qlora.weights import dequantized, trainable_and_all
 
 
-def check_target(out: Path) -> None:
+def check_target(out: Path, flag: str = "--merge") -> None:
     """Raises UsageError if `out` exists and is not empty, or its parent can't be made."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"--merge {out}: already there and not empty; choose a new folder")
+        raise UsageError(f"{flag} {out}: already there and not empty; choose a new folder")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UsageError(f"--merge {out}: can't be written ({error.strerror})") from None
+        raise UsageError(f"{flag} {out}: can't be written ({error.strerror})") from None
 
 
 def merge_into(

@@ -39,21 +39,23 @@ def model_config(name: str):
         raise UserError(f"{path}: not a config that transformers can read ({first_line(error)})") from None
 
 
-def widths(name: str) -> tuple[int, int]:
-    """Of a model's hidden states and of its MLP; the bundled model's where there is no telling."""
-    with contextlib.suppress(UserError, OSError, AttributeError):
-        config = model_config(BUNDLED if name == "auto" else name)[0]
-        return config.hidden_size, config.intermediate_size
-    return widths(BUNDLED)
-
-
-def stored_precision(name: str) -> str:
-    """gptq or awq where that is how a model's files hold it, else nf4: what --precision auto stands for."""
+def peek(name: str):
+    """A model's config, or None where it can't be had: what loads it will say why."""
     with contextlib.suppress(UserError, OSError):
-        found = getattr(model_config(name)[0], "quantization_config", None) or {}
-        if (method := found.get("quant_method")) in PACKED:
-            return method
-    return "nf4"
+        return model_config(name)[0]
+
+
+def widths(config) -> tuple[int, int]:
+    """Of a model's hidden states and of its MLP; the bundled model's where there is no telling."""
+    with contextlib.suppress(AttributeError):
+        return config.hidden_size, config.intermediate_size
+    return widths(peek(BUNDLED))
+
+
+def stored_precision(config) -> str:
+    """gptq or awq where that is how a model's files hold it, else nf4: what --precision auto stands for."""
+    found = getattr(config, "quantization_config", None) or {}
+    return found["quant_method"] if found.get("quant_method") in PACKED else "nf4"
 
 
 def skeleton(config, dtype: torch.dtype = torch.bfloat16):

@@ -32,9 +32,9 @@ def ledger(config, settings) -> dict:
 
 
 def variant_of(config: LoraConfig) -> str:
-    """The name in LORA_VARIANTS of what a LoraConfig says."""
-    names = [name for name, options in LORA_VARIANTS.items() if options.items() <= vars(config).items()]
-    return names[-1]  # plain LoRA comes first: without options, it always fits
+    """The name in LORA_VARIANTS of what a LoraConfig says of an adapter's shape and scale."""
+    named = [(name, v.options.items()) for name, v in LORA_VARIANTS.items() if v.options]
+    return next((name for name, options in named if options <= vars(config).items()), "lora")
 
 
 def count(frame, config: LoraConfig) -> tuple[dict, dict]:

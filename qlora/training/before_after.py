@@ -1,5 +1,6 @@
 """Held-out rows before and after training: base zero-shot, base few-shot, a bag of words, the tuned model."""
 
+import contextlib
 import hashlib
 import json
 import statistics
@@ -31,8 +32,11 @@ class BeforeAfter:
         else:
             self.examples = encode_rows(base.tokenizer, prompt, held_out, "held-out")
 
-    def score_before(self, run: Run, model, train_rows: list[Row]) -> dict:
-        """What `model` can do with its adapter off; kept part by part, so --resume need not repeat it."""
+    def score_before(self, run: Run, model, train_rows: list[Row], start: str = "base") -> dict:
+        """What the base can do: `model` with its adapter off; part by part, so --resume need not repeat it.
+
+        Where a part of the base was moved into the adapter (`start` "split") the base is both together.
+        """
         asked, before = self._fingerprint(train_rows), processes.told_by_first(run.kept())
         if "fingerprint" not in before:  # nothing yet, or scores of an older version: measured again
             before = {"fingerprint": asked, "revision": self.base.info.revision}
@@ -46,7 +50,7 @@ class BeforeAfter:
         }
         if not self.prompt.asks:
             parts = {"perplexity": lambda: {"perplexity": self._perplexity(model, "base")}}
-        with model.disable_adapter():
+        with contextlib.nullcontext() if start == "split" else model.disable_adapter():
             for name, measure in parts.items():
                 if name not in before:
                     before |= measure()

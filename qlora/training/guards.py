@@ -17,12 +17,14 @@ from qlora.cli import UserError, note
 from qlora.logits import IGNORE, causal_lm, last_logits
 from qlora.measures import relative_error
 from qlora.prompts import PromptFormat, end_ids
+from qlora.variants import Start
 
 # What to do when a guard fires.
 FIXES = {
     "labels_present": "such rows teach nothing: raise --max-length or check the dataset's answers",
     "end_supervised": "end token masked or cut off: mask by position, not by token id; raise --max-length",
     "starts_as_base": "the adapter changes the model before training: is an old one loaded, or B not zero?",
+    "starts_nearer": "LoftQ's A and B make up for nothing: is the base on the disk still the same?",
     "loss_is_models_own": "qlora/logits.py must do what this model does to its logits (softcap? scaling?)",
     "nothing_repacked": "4-bit weights were repacked: call qlora.loading.never_repack after loading",
     "all_matrices_learn": "is the model in training mode, is anything detached, do all modules take part?",
@@ -62,10 +64,16 @@ def check_data(guards: Guards, tokenizer, prompt: PromptFormat, train: list[dict
         end_supervised(guards, train, end_ids(tokenizer))
 
 
-def check_start(guards: Guards, model, train: list[dict], autocast, lora_variant: str) -> str:
+def check_start(guards: Guards, model, train: list[dict], autocast, start: Start) -> str:
     """Before the first step; returns the hash of the frozen base."""
     probe = probe_batch(model, train)
-    starts_as_base(guards, model, probe["input_ids"], autocast, exact=lora_variant != "dora")
+    if start.distances:
+        starts_nearer(guards, start.distances)
+    elif start.untouched:
+        starts_as_untouched(guards, model, probe["input_ids"], autocast, start.untouched())
+    else:
+        exact = start.variant.start == "base"
+        starts_as_base(guards, model, probe["input_ids"], autocast, exact)
     loss_is_models_own(guards, model, probe, autocast)
     nothing_repacked(guards, model, probe, autocast)
     return frozen_hash(model)
@@ -87,11 +95,15 @@ def check_training(guards: Guards, losses: list[float], applied: int) -> None:
         note(f"note       guard 'all_matrices_learn' {looks}: this run is not judged by it")
 
 
-def check_end(guards: Guards, model, train: list[dict], autocast, saved: tuple[Path, str]) -> None:
-    """After training; `saved`: (folder that the adapter was saved to, hash of the frozen base before)."""
-    folder, frozen = saved
+def check_end(guards: Guards, model, train: list[dict], autocast, saved: tuple[Path, str, Start]) -> None:
+    """After training; `saved`: (folder that the adapter was saved to, hash of the frozen base, its start)."""
+    folder, frozen, start = saved
     base_unchanged(guards, frozen, model)
-    reloads_same(guards, model, folder, probe_batch(model, train)["input_ids"], autocast)
+    probe = probe_batch(model, train)["input_ids"]
+    if start.untouched:
+        reloads_on_untouched(guards, model, probe, autocast, start.untouched(folder))
+    else:
+        reloads_same(guards, model, folder, probe, autocast)
 
 
 def labels_present(guards: Guards, examples: list[dict]) -> None:
@@ -121,6 +133,23 @@ def starts_as_base(guards: Guards, model, input_ids, autocast, exact: bool) -> N
     limit = 0.0 if exact else 0.05 * base.abs().max().item()
     detail = f"largest difference of logits at step 0: {gap:.3g} (allowed {limit:.3g})"
     guards.check("starts_as_base", gap <= limit, detail)
+
+
+def starts_as_untouched(guards: Guards, model, input_ids, autocast, untouched) -> None:
+    """PiSSA and OLoRA take s B A off the frozen weights: both together must be the base on the disk."""
+    base = last_logits(untouched, input_ids, autocast)
+    gap, limit = _gap(last_logits(model, input_ids, autocast), base, _rounding(model))
+    detail = f"logits at step 0 are off the untouched base's by {gap:.3g} (allowed {limit:.3g})"
+    guards.check("starts_as_base", gap <= limit, detail)
+
+
+def starts_nearer(guards: Guards, distances: dict[str, tuple[float, float]]) -> None:
+    """LoftQ begins between the quantized base and the original weights: nearer to these in every layer."""
+    farther = [name for name, (without, with_it) in distances.items() if not with_it < without]
+    without, with_it = (sum(column) / len(distances) for column in zip(*distances.values()))
+    change = f"weights are off the original ones by {without:.2%}, with A and B by {with_it:.2%}"
+    first = f"; no nearer in {len(farther)} layers (first: {farther[0]})" if farther else ""
+    guards.check("starts_nearer", not farther, change + first)
 
 
 def loss_is_models_own(guards: Guards, model, batch: dict, autocast) -> None:
@@ -191,6 +220,27 @@ def reloads_same(guards: Guards, model, folder: Path, input_ids, autocast) -> No
     gap = (here - there).abs().max().item()
     detail = f"largest difference of logits after saving and loading: {gap:.3g}"
     guards.check("reloads_same", gap <= 1e-3 * here.abs().max().item(), detail)
+
+
+def reloads_on_untouched(guards: Guards, model, input_ids, autocast, reloaded) -> None:
+    """What was converted to plain LoRA, on a fresh base, must give the logits of the model in memory."""
+    here = last_logits(model, input_ids, autocast)
+    gap, limit = _gap(here, last_logits(reloaded, input_ids, autocast), _rounding(model))
+    detail = f"as plain LoRA on the untouched base the logits differ by {gap:.3g} (allowed {limit:.3g})"
+    guards.check("reloads_same", gap <= limit, detail)
+
+
+def _rounding(model) -> float:
+    """What a frozen weight without a part of it, rounded to its own dtype, may move the logits by (relative).
+
+    Measured on the bundled model: 2e-6 in fp32, 0.01 in bf16; 0.04 where layers are computed in bf16, too.
+    """
+    return max(1e-3, 8 * torch.finfo(causal_lm(model).dtype).eps)
+
+
+def _gap(given, other, share: float) -> tuple[float, float]:
+    """(largest difference, the one that is allowed: `share` of the largest value)"""
+    return (given - other).abs().max().item(), share * given.abs().max().item()
 
 
 def probe_batch(model, examples: list[dict]) -> dict:

@@ -30,6 +30,7 @@ from qlora.lora import lora_config
 from qlora.measures import relative_error
 from qlora.merging import merged_model
 from qlora.training import guards
+from qlora.variants import Start
 
 PROMPT = p.choose_format("sentiment", "labels", SENTIMENT_ANSWERS, 400)
 TALK = [
@@ -212,7 +213,7 @@ def test_a_model_learns_a_conversation_by_heart_stops_and_is_merged(name, texts,
         own, hidden = base.model(input_ids=ids).logits, hidden_states(model, ids).last_hidden_state
     assert torch.equal(own.float(), logits_from(base.model, hidden))  # Gemma 2 caps them
     healthy = guards.Guards()
-    frozen = guards.check_start(healthy, model, examples, machine.autocast, "lora")
+    frozen = guards.check_start(healthy, model, examples, machine.autocast, Start())
     learn_by_heart(model, examples, most_steps=200)
     assert guards.frozen_hash(model) == frozen
 

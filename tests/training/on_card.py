@@ -78,6 +78,7 @@ def main() -> None:
     from qlora.batches import collate
     from qlora.logits import IGNORE
     from qlora.training import guards as g
+    from qlora.variants import Start
 
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -92,7 +93,7 @@ def main() -> None:
     rows = [list(range(5, 5 + n)) for n in (40, 44, 49, 60)]
     examples = [{"input_ids": row, "labels": [IGNORE] * (len(row) - 2) + row[-2:]} for row in rows]
     guards = g.Guards()
-    frozen = g.check_start(guards, model, examples, nullcontext, "lora")
+    frozen = g.check_start(guards, model, examples, nullcontext, Start())
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     for _ in range(3):
