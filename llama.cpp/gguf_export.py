@@ -39,7 +39,7 @@ def make(s: ExportSettings, replace_modelfile: bool = True) -> list[Path]:
     adapter = read(s)
     if adapter.qat and (s.lora or s.imatrix or adapter.qat not in s.types):
         grid = f"{adapter.name} was trained through the grid of {adapter.qat}"
-        note(f"note       {grid}: only --types {adapter.qat} without --imatrix and --lora is that model")
+        note(f"note       {grid}: only a merged file of that type, without --imatrix, is that model")
     check_disk(s, base_files(adapter)[0], bool(adapter.qat))
     with lock_folder(s.output_dir):
         remove_leftovers(s.output_dir)

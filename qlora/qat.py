@@ -33,7 +33,7 @@ def first_of_largest(x: torch.Tensor) -> torch.Tensor:
     high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     if isinstance(x, FakeTensor) or (high == -low).any():
         return x.gather(1, x.abs().argmax(1, keepdim=True))
-    return torch.where(high > -low, high, low)  # half the time of a whole rounding less
+    return torch.where(high > -low, high, low)  # argmax takes as long as all else of the rounding
 
 
 def q4_0(weight: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,8 @@ class GridLinear(Linear):
         # Made while answers are generated, it may be trained with afterwards; and autocast would round A B.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(a.device.type, enabled=False):
             weight = self.frozen()
-            if self._rounded.shape != weight.shape or self._rounded.dtype != dtype:
+            wanted, held = (weight.shape, dtype, weight.device), self._rounded
+            if (held.shape, held.dtype, held.device) != wanted:
                 self._rounded = torch.empty(weight.shape, dtype=dtype, device=weight.device)
             count = max(1, CHUNK // weight.shape[1])
             for out, w, own in zip(*(t.split(count) for t in (self._rounded, weight, b))):
