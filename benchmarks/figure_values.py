@@ -17,6 +17,7 @@ FORMATS = {
     "times": lambda v: f"{v:.1f} times",
     "settings": lambda v: ", ".join(f"{name} {value}" for name, value in v.items()) or "the defaults",
     "interval": lambda v: f"{v['accuracy']:.1%} ({100 * v['low']:.1f} to {100 * v['high']:.1f})",
+    "survival": lambda v: f"{v['share']:.0%} ({100 * v['low']:.0f} to {100 * v['high']:.0f})",
 }
 OPERATIONS = {
     " < ": lambda a, b: "yes" if a < b else "**no**",

@@ -46,7 +46,7 @@ NAMES = {
     "doubled": ("acts like 2 times",),
     "rsLoRA scaled by alpha/r": ("acts like 0.25 times",),  # of rank 16
     "not applied": ("not applied",),
-    "Q4_0 quantized again": ("rounded to fewer bits before",),
+    "Q4_0 quantized again": ("rounded to 4 bits before",),
     "another base": ("another base",),
     "another adapter": ("another adapter",),
     "doubled BOS": ("BOS is doubled",),
@@ -146,8 +146,9 @@ def judge(s: Settings, adapter: Adapter, other: Adapter, known: list[dict]):
     questions = replace(questions, free=questions.free[:1], free_tokens=2)  # not what is judged here
     with scratch(s.output_dir) as aside:
         trained, merged, _ = ask_trained(adapter, questions, "trained", aside / "base")
+        row = result("merged", merged, trained, questions, bound("transformers", "f16", False))
+        trained.merge_drift = row["log_odds_shift"]["rms"]
         if not known:
-            row = result("merged", merged, trained, questions, bound("merged", "f16", False))
             yield verdict("merged 16 bit", row)
         forms, planter = BaseForms(adapter, questions, aside), Planter(adapter, other, aside)
         for what in missing:

@@ -14,6 +14,8 @@ from survival import rms, rounding, survival
 
 TINY = 1e-7  # probabilities below this are rounding of float32 sums
 
+OTHER_WEIGHTS = "the weights differ: rounded before, another base under the adapter, or another adapter"
+
 SPEED = ("load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")
 
 
@@ -30,6 +32,7 @@ class Replies:
     base: np.ndarray | None = (
         None  # `odds` of its first rows by the base alone in the same form, if that was asked
     )
+    merge_drift: float = 0.0  # of the trained model: rms of what its 16-bit merge changes in `odds`
     # Of the trained model: `odds` of its first rows with the adapter at other strengths, {0.5: (rows,)}
     scaled: dict[float, np.ndarray] = field(default_factory=dict)
 
@@ -40,7 +43,7 @@ class Bound:
 
     agreement: float
     survival: float
-    strict: bool  # it is the model that was trained, in 8 bits or more
+    strict: bool  # a file that is what was trained, in 8 bits or more: it may drift as rounding explains
 
 
 def kl(reference: np.ndarray, other) -> float:
@@ -83,8 +86,9 @@ def compare(trained: Replies, replies: Replies, truth: Sequence[int], answers: S
     if replies.base is not None:
         first = len(replies.base)
         of_both = trained.odds[:first], trained.base[:first]
-        figures["rounding"] = rounding(replies.base, *of_both)
-        figures["survival"] = survival(replies.odds[:first], replies.base, *of_both) | {"rows": first}
+        noise = rounding(replies.base, *of_both, trained.merge_drift)
+        left = survival(replies.odds[:first], replies.base, *of_both, noise["noise"])
+        figures = {"rounding": noise, "survival": left | {"rows": first}}
     # A label is sure if its log-odds are further from zero than rounding gets.
     sure = np.abs(trained.odds) > SURE_TIMES * (figures["rounding"] or {"noise": 0})["noise"]
     return figures | {
@@ -110,7 +114,7 @@ def bound(kind: str, quantization: str, trained_on_base: bool) -> Bound:
     quantization = ("f16" if trained_on_base else "") if kind == "lora" else quantization
     agreement = AGREEMENT.get(quantization, LOWEST_AGREEMENT)
     strict = agreement == AGREEMENT["f16"]
-    return Bound(agreement, SURVIVAL_STRICT if strict else SURVIVAL, strict)
+    return Bound(agreement, SURVIVAL_STRICT if strict else SURVIVAL, strict and kind != "transformers")
 
 
 def broken_bounds(figures: dict, bound: Bound) -> list[str]:
@@ -125,20 +129,21 @@ def broken_bounds(figures: dict, bound: Bound) -> list[str]:
         broken.append(f"{sure['disagreements']} labels differ that rounding can't explain, {allowed}")
     if noise is None:
         return broken
-    if can_judge(figures) and left["high"] < bound.survival:
+    if left["high"] < bound.survival:
         share = f"only {percent(left['share'])} of what training changed is left"
         broken.append(f"{share}, bound {100 * bound.survival:g}%")
-    if can_judge(figures) and left["low"] > 1 / bound.survival:
+    if left["low"] > 1 / bound.survival:
         broken.append(f"what training changed is there {left['share']:.2g} times")
     drift = figures["log_odds_shift"]["rms"]
-    if drift > DRIFT_TIMES * noise["noise"]:
+    if bound.strict and drift > DRIFT_TIMES * noise["noise"]:  # with fewer bits, drift is a result
         broken.append(f"its answers drift by {drift:.2g}, rounding explains {noise['noise']:.2g}")
     return broken
 
 
 def can_judge(figures: dict) -> bool:
-    """Whether the adapter does more than this form's rounding."""
-    return bool(figures["rounding"]) and figures["rounding"]["effect"] > figures["rounding"]["noise"]
+    """Whether what the adapter changes stands out from this form's rounding."""
+    found = figures["rounding"]
+    return bool(found) and found["effect"] > 2 * found["noise"]
 
 
 def strength(trained: Replies, replies: Replies, noise: float) -> float | None:
@@ -166,9 +171,7 @@ def cause(trained: Replies, replies: Replies, figures: dict, decode: Callable) -
     if acts_like not in (1, None):
         tried = f"of the strengths tried, it acts like {acts_like:.3g} times what was trained"
         return f"the adapter is scaled wrong: {tried} (alpha/r where rsLoRA means alpha/sqrt(r)?)"
-    return (
-        "the weights differ: rounded to fewer bits before, another base under the adapter, or another adapter"
-    )
+    return OTHER_WEIGHTS
 
 
 def prompt_cause(theirs: list[int], ours: list[int], decode: Callable) -> str:

@@ -45,8 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         trained, merged, kept = ask_trained(adapter, questions, title, aside / "base")
         results = [result(title, trained, trained, questions, None)]
         facts = {"dtype": kept.dtype, "kept": dataclasses.asdict(kept)}
-        wanted = bound("merged", "f16", False)
+        wanted = bound("transformers", "f16", False)
         results.append(result("merged 16 bit", merged, trained, questions, wanted, **facts))
+        if not results[-1]["broken"]:  # then its drift is rounding, which all merged files have
+            trained.merge_drift = results[-1]["log_odds_shift"]["rms"]
 
         # 2. Each file and the base alone in its form, through llama-server
         forms = BaseForms(adapter, questions, aside)

@@ -6,7 +6,7 @@ from pathlib import Path
 import gguf_files as gf
 from base_forms import BaseForms
 from gguf_export import make, unfit_for_lora_file
-from ladder import Replies, bound, result
+from ladder import OTHER_WEIGHTS, Replies, bound, result
 from llama_server import ask_server
 from qlora.adapters import WEIGHTS, Adapter
 from qlora.cli import UserError, note, require
@@ -116,4 +116,7 @@ def measure(
     # A pair is what was trained if its base holds the very weights that the adapter was trained on.
     plain = kind == "lora" and adapter.base.precision in ("bf16", "fp16", "fp32")
     wanted = bound(kind, variant.type, plain and adapter.revision == f"gguf-sha256:{sha256_of(base)}")
-    return result(variant.name, replies, trained, questions, wanted, **variant.facts)
+    row = result(variant.name, replies, trained, questions, wanted, **variant.facts)
+    if row["cause"] == OTHER_WEIGHTS and wanted.strict and gf.four_bits_before(gf.read_gguf(base)):
+        row["cause"] = f"it was rounded to 4 bits before it became {variant.type}"
+    return row

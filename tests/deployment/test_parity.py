@@ -30,7 +30,7 @@ import llama_server
 import parity
 import reference as in_transformers
 import variants
-from gguf_files import canonical, check_metadata, check_pair, place, read_gguf
+from gguf_files import canonical, check_metadata, check_pair, four_bits_before, place, read_gguf
 from ladder import Bound, Replies, bound, broken_bounds, compare, kl, prompt_cause, same_text
 from settings import AGREEMENT, BIN, LOWEST_AGREEMENT, SURVIVAL, SURVIVAL_STRICT, ParitySettings
 
@@ -179,6 +179,21 @@ def test_another_models_and_another_adapters_lora_are_told_apart(tmp_path):
         check_pair(base, base, "lora.gguf", weights)
     with pytest.raises(UserError, match="another adapter .* lora_B"):
         check_pair(*write_pair(tmp_path, 4, a, 1.1 * b), "lora.gguf", weights)
+
+
+def test_what_was_in_four_bits_before_is_seen_in_eight(tmp_path):
+    """Q4_0 leaves 16 values in a block of 32 neighbours, and Q8_0 of that no more."""
+    q4, q8 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
+    matrix = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    again = gguf.dequantize(gguf.quantize(matrix, q4), q4)
+    for name, values, seen in (("fresh", matrix, False), ("again", again, True)):
+        writer = gguf.GGUFWriter(tmp_path / name, "llama")
+        writer.add_tensor("blk.0.attn_q.weight", gguf.quantize(values, q8), raw_dtype=q8)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        assert four_bits_before(read_gguf(tmp_path / name)) is seen
 
 
 def test_types_are_known_however_they_are_spelled():

@@ -9,7 +9,6 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "llama.cpp"))
-import ladder
 from ladder import Replies, bound, broken_bounds, can_judge, cause, compare
 from survival import rounding, survival
 
@@ -17,7 +16,7 @@ ROWS, ROUNDS = 64, 0.03  # reviews; rms of what 8 bits do to the base's log-odds
 ANSWERS = ("Negative", "Positive")
 STRICT, LOOSE = bound("merged", "Q8_0", False), bound("merged", "Q4_0", False)
 # What training adds to the base's log-odds: (mean, spread)
-ADAPTERS = {"very weak": (0.15, 0.1), "weak": (0.3, 0.3), "medium": (-0.3, 1.0), "strong": (0.0, 4.0)}
+ADAPTERS = {"very weak": (0.4, 0.2), "weak": (0.6, 0.4), "medium": (-0.3, 1.0), "strong": (0.0, 4.0)}
 rng = np.random.default_rng(3)
 BASE = rng.normal(0.2, 0.5, ROWS)
 DIRECTION, NOISE = rng.normal(size=ROWS), rng.normal(size=(2, ROWS))
@@ -25,9 +24,10 @@ OTHER = rng.normal(size=ROWS)
 
 
 def said(odds, base=None, scaled=None) -> Replies:
-    """Answers with these log-odds, as replies without free prompts' texts."""
+    """Answers with these log-odds."""
     p = 1 / (1 + np.exp(-odds))
-    return Replies([[1]] * ROWS, odds, list(np.log(np.stack([1 - p, p], 1))), [], [], {}, base, scaled or {})
+    logprobs = list(np.log(np.stack([1 - p, p], 1)))
+    return Replies([[1]] * ROWS, odds, logprobs, logprobs[:1], ["Paris."], {}, base, scaled=scaled or {})
 
 
 def trained_by(adapter: str) -> Replies:
@@ -37,10 +37,9 @@ def trained_by(adapter: str) -> Replies:
 
 
 def in_8_bits(trained: Replies, strength=1.0, times=1.0, add=0.0) -> Replies:
-    """A file with rounding noise in proportion to the spread of its answers, and `add` on top."""
-    sensitivity = max(1, trained.odds.std() / BASE.std())
-    odds = BASE + strength * (trained.odds - BASE) + times * ROUNDS * sensitivity * NOISE[0] + add
-    return said(odds, BASE + ROUNDS * NOISE[1])
+    """A file whose rounding moves it twice as far as the base, half of that all rows alike; `add` on top."""
+    rounded = times * ROUNDS * (1 + 1.7 * NOISE[0])
+    return said(BASE + strength * (trained.odds - BASE) + rounded + add, BASE + ROUNDS * NOISE[1])
 
 
 def verdict(trained: Replies, file: Replies, wanted=STRICT) -> str:
@@ -53,26 +52,25 @@ def verdict(trained: Replies, file: Replies, wanted=STRICT) -> str:
 each_adapter = pytest.mark.parametrize("adapter", ADAPTERS)
 
 
-@pytest.fixture(autouse=True)
-def no_free_prompts(monkeypatch):
-    monkeypatch.setattr(ladder, "mean_kl", lambda *_: 0.0)
-
-
 def test_survival_by_hand():
     """Training moved the rows by 1, 2 and -2; the file by half of that; the form shifts all by 0.1."""
     base, changed = np.array([0.0, 1.0, -1.0]), np.array([1.0, 2.0, -2.0])
     form = base + 0.1
-    left = survival(form + changed / 2, form, base + changed, base)
+    left = survival(form + changed / 2, form, base + changed, base, 0)
     assert left == pytest.approx({"share": 0.5, "low": 0.5, "high": 0.5})
     # (1·1 + 2·2 + 2·1) / (1 + 4 + 4)
-    left = survival(form + np.array([1.0, 2.0, -1.0]), form, base + changed, base)
+    left = survival(form + np.array([1.0, 2.0, -1.0]), form, base + changed, base, 0)
     assert left["share"] == pytest.approx(7 / 9) and left["low"] < 7 / 9 < left["high"]
+    # Noise of 0.1 beside an effect of √3 (rms): ± 2 · 0.1 / √3
+    left = survival(form + changed / 2, form, base + changed, base, 0.1)
+    assert left["high"] - 0.5 == pytest.approx(0.5 - left["low"]) == pytest.approx(0.2 / 3**0.5)
 
 
-def test_noise_is_the_bases_drift_scaled_by_the_spread():
+def test_noise_is_the_bases_drift_and_at_least_the_merges():
     base = np.array([1.0, -1.0])
-    found = rounding(base + 0.1, 3 * base, base)
-    assert found == pytest.approx({"of_base": 0.1, "sensitivity": 3, "noise": 0.3, "effect": 2})
+    found = rounding(base + 0.1, 3 * base, base, 0.0)
+    assert found == pytest.approx({"of_base": 0.1, "noise": 0.1, "effect": 2})
+    assert rounding(base + 0.1, 3 * base, base, 0.3)["noise"] == 0.3
 
 
 @each_adapter
@@ -104,7 +102,7 @@ FAULTS = {
     "lost": ({"strength": 0.0}, "not applied"),
     "doubled": ({"strength": 2.0}, "acts like 2 times"),
     "alpha/r of rsLoRA": ({"strength": 0.25}, "acts like 0.25 times"),
-    "fewer bits before": ({"times": 8.0}, "rounded to fewer bits before"),
+    "fewer bits before": ({"times": 8.0}, "rounded before"),
 }
 
 
@@ -129,8 +127,7 @@ def test_another_adapter_is_found(adapter):
 def test_another_base_is_found(adapter):
     """It says something else of the same reviews, with the same adapter on it."""
     trained = trained_by(adapter)
-    size = 0.4 * max(1, trained.odds.std() / BASE.std())
-    assert "another base" in verdict(trained, in_8_bits(trained, add=size * OTHER))
+    assert "another base" in verdict(trained, in_8_bits(trained, add=0.4 * OTHER))
 
 
 def test_an_adapter_smaller_than_rounding_is_not_judged():
@@ -145,5 +142,6 @@ def test_low_bits_are_held_to_less():
     """A Q4_0 file that keeps 80% of the effect passes as Q4_0; as Q8_0 it would not."""
     trained = trained_by("strong")
     file = in_8_bits(trained, 0.8)
-    file.base = BASE + 10 * ROUNDS * NOISE[1]
-    assert verdict(trained, file, LOOSE) == "" and "80" in verdict(trained, file, STRICT)
+    file.base = BASE + 3 * ROUNDS * NOISE[1]
+    assert verdict(trained, file, LOOSE) == ""
+    assert "of what training changed is left, bound 90%" in verdict(trained, file, STRICT)
