@@ -25,9 +25,7 @@ class BaseForms:
 
     def odds(self, variant) -> np.ndarray | None:
         """Log-odds of the first rows; None, with a note, where the form is unknown or can't be made."""
-        key = (
-            tuple(variant.files[:1]) if variant.facts["kind"] == "lora" else (variant.type, variant.matrix_of)
-        )
+        key = (variant.type, variant.matrix_of, variant.facts["kind"] == "lora" and variant.files[0])
         if key not in self.known:
             try:
                 self.known[key] = self.ask(variant)
@@ -48,7 +46,8 @@ class BaseForms:
             return ask_labels("base in f16", f16, self.questions)
         file = self.aside / "base.gguf"
         options = []
-        if variant.matrix_of:  # the file's own matrix is not kept; this is made of the same prompts again
+        # The file's own matrix is not kept: it is made again, of the same prompts. A given file's is unknown.
+        if variant.matrix_of:
             self.matrix = self.matrix or importance_matrix(self.adapter, variant.matrix_of, self.aside)
             options = ["--imatrix", self.matrix]
         execute(BIN / "llama-quantize", *options, f16, file, variant.type)

@@ -29,9 +29,8 @@ class Replies:
     free_next: list  # the same, of the free prompts
     free_text: list[str]  # greedy continuations of the free prompts
     speed: dict[str, float | None]  # by the names in SPEED
-    base: np.ndarray | None = (
-        None  # `odds` of its first rows by the base alone in the same form, if that was asked
-    )
+    # `odds` of its first rows by the base alone in the same form; None if that was not asked
+    base: np.ndarray | None = None
     merge_drift: float = 0.0  # of the trained model: rms of what its 16-bit merge changes in `odds`
     # Of the trained model: `odds` of its first rows with the adapter at other strengths, {0.5: (rows,)}
     scaled: dict[float, np.ndarray] = field(default_factory=dict)
@@ -43,7 +42,7 @@ class Bound:
 
     agreement: float
     survival: float
-    strict: bool  # a file that is what was trained, in 8 bits or more: it may drift as rounding explains
+    strict: bool  # a file that holds what was trained in 8 bits or more may drift only as rounding explains
 
 
 def kl(reference: np.ndarray, other) -> float:

@@ -39,7 +39,7 @@ def survival(
     changed, left = trained - base, deployed - form
     along, size = changed * left, np.maximum(changed**2, 1e-30)
     drawn = np.random.default_rng(SEED).integers(len(changed), size=(DRAWS, len(changed)))
-    share, shift = along.sum() / size.sum(), 2 * noise / np.sqrt(size.mean())
+    share, shift = along.sum() / size.sum(), 2 * max(noise, 1e-9) / np.sqrt(size.mean())
     low, high = np.percentile(along[drawn].sum(1) / size[drawn].sum(1), [2.5, 97.5])
     low, high = share - np.hypot(share - low, shift), share + np.hypot(high - share, shift)
     return {"share": float(share), "low": float(low), "high": float(high)}
