@@ -146,7 +146,7 @@ def can_judge(figures: dict) -> bool:
 
 
 def strength(trained: Replies, replies: Replies, noise: float) -> float | None:
-    """The adapter's strength that explains the answers, up to `noise` or clearly better than others; or None.
+    """The adapter's strength that explains the answers, up to what rounding may add; None if none does.
 
     What the form changes in the base is subtracted, where it is known: rounding moves all strengths alike.
     """
@@ -155,7 +155,8 @@ def strength(trained: Replies, replies: Replies, noise: float) -> float | None:
     changed = replies.odds[:rows] - form[:rows]
     distance = {s: rms(changed - (odds - trained.base[:rows])) for s, odds in trained.scaled.items()}
     nearest = min(distance, key=distance.get)
-    return nearest if distance[nearest] < max(distance[1] / 2, SURE_TIMES * noise) else None
+    may_add = distance[1] / 2 if replies.base is None else DRIFT_TIMES * noise
+    return nearest if distance[nearest] < may_add else None
 
 
 def cause(trained: Replies, replies: Replies, figures: dict, decode: Callable) -> str:
@@ -169,7 +170,7 @@ def cause(trained: Replies, replies: Replies, figures: dict, decode: Callable) -
         return "the adapter is not applied: the answers are those of the base alone"
     if acts_like not in (1, None):
         tried = f"of the strengths tried, it acts like {acts_like:.3g} times what was trained"
-        return f"the adapter is scaled wrong: {tried} (alpha/r where rsLoRA means alpha/sqrt(r)?)"
+        return f"the adapter is scaled wrong: {tried} (lora_alpha; rsLoRA's alpha/sqrt(r))"
     return OTHER_WEIGHTS
 
 
