@@ -61,7 +61,7 @@ class Settings:
     # Held-out rows that each file is asked.
     rows: int = 64
     # Where adapters and files go.
-    output_dir: Path = ROOT / "verdicts-out"
+    output_dir: Path = ROOT / "gguf-verdicts"
 
 
 def trained_folders(s: Settings) -> list[Path]:
