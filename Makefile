@@ -51,6 +51,7 @@ results: .venv/installed  ## measure again (several hours; all but the longer ru
 	  >$(RESULTS)/lab/adapter_ledger.txt 2>&1
 	$(BIN)/python llama.cpp/parity.py --imatrix
 	cp gguf-out/parity.json gguf-out/parity.md gguf-out/parity.png $(RESULTS)/parity/nf4/
+	$(BIN)/python benchmarks/verdicts.py
 	$(BIN)/python qlora_finetune.py --model models/SmolLM2-135M-Instruct.Q4_1.gguf --output-dir q4-run --resume
 	$(BIN)/python llama.cpp/parity.py --adapter q4-run --types Q8_0 --output-dir gguf-q4
 	cp gguf-q4/parity.json gguf-q4/parity.md gguf-q4/parity.png $(RESULTS)/parity/q4_1/

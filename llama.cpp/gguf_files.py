@@ -5,7 +5,8 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGUFReader, LlamaFileType
+import torch
+from gguf import GGML_QUANT_SIZES, GGUFReader, LlamaFileType, dequantize
 from safetensors import safe_open
 
 from ollama import adds_bos
@@ -13,6 +14,7 @@ from qlora.adapters import CONFIG, WEIGHTS, Adapter
 from qlora.cli import UsageError, UserError
 from qlora.files import publish, sha256_of, write_json
 from qlora.loading import load_tokenizer
+from qlora.measures import most_values_in_32
 
 RECORD = "export.json"
 MODELFILES = ("Modelfile", "Modelfile-lora")
@@ -45,6 +47,13 @@ def size_of(model: GGUFReader, *files: Path) -> tuple[int, float]:
     """(bytes of all files, their bits per weight of the model: a LoRA file's weights replace none)."""
     size = sum(file.stat().st_size for file in files)
     return size, 8 * size / sum(int(t.n_elements) for t in model.tensors)
+
+
+def four_bits_before(model: GGUFReader) -> bool:
+    """Whether any 32 neighbours hold at most 16 values, in most matrices of the first layer."""
+    matrices = [t for t in model.tensors if t.name.startswith("blk.0.") and len(t.shape) == 2]
+    values = (torch.from_numpy(dequantize(t.data, t.tensor_type)) for t in matrices)
+    return 2 * sum(most_values_in_32(matrix) <= 16 for matrix in values) > len(matrices)
 
 
 def read_gguf(path: Path) -> GGUFReader:

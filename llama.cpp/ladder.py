@@ -1,7 +1,7 @@
 """Is what was deployed still what was trained? Next-token distributions compared, differences explained."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
@@ -9,10 +9,12 @@ import torch
 from qlora.cli import note
 from qlora.evaluation import accuracy_report
 from qlora.measures import kl_nats, percent
-from settings import ACCURACY_WITHIN, AGREEMENT, LOWEST_AGREEMENT
+from settings import AGREEMENT, DRIFT_TIMES, LOWEST_AGREEMENT, SURE_TIMES, SURVIVAL, SURVIVAL_STRICT
+from survival import rms, rounding, survival
 
 TINY = 1e-7  # probabilities below this are rounding of float32 sums
-NOISE = 1e-5  # nats; nearer than this, another strength explains nothing: one training step moves no more
+
+OTHER_WEIGHTS = "the weights differ: rounded before, another base under the adapter, or another adapter"
 
 SPEED = ("load_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")
 
@@ -27,8 +29,20 @@ class Replies:
     free_next: list  # the same, of the free prompts
     free_text: list[str]  # greedy continuations of the free prompts
     speed: dict[str, float | None]  # by the names in SPEED
-    # Of the trained model: logprobs of its first rows at other strengths, {0: (rows, vocabulary)}
+    # `odds` of its first rows by the base alone in the same form; None if that was not asked
+    base: np.ndarray | None = None
+    merge_drift: float = 0.0  # of the trained model: rms of what its 16-bit merge changes in `odds`
+    # Of the trained model: `odds` of its first rows with the adapter at other strengths, {0.5: (rows,)}
     scaled: dict[float, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass
+class Bound:
+    """What a file must keep: shares of surely labelled rows and of the adapter's effect."""
+
+    agreement: float
+    survival: float
+    strict: bool  # a file that holds what was trained in 8 bits or more may drift only as rounding explains
 
 
 def kl(reference: np.ndarray, other) -> float:
@@ -63,74 +77,105 @@ def first_difference(a: Sequence, b: Sequence) -> int:
 
 def compare(trained: Replies, replies: Replies, truth: Sequence[int], answers: Sequence[str]) -> dict:
     """The figures of one row of the ladder, as parity.json holds them."""
-    labels, wanted = (replies.odds > 0).astype(int), (trained.odds > 0).astype(int)
+    labels, differ = (replies.odds > 0).astype(int), (replies.odds > 0) != (trained.odds > 0)
     shift = np.abs(replies.odds - trained.odds)
     distances = [kl(r, o) for r, o in zip(trained.next, replies.next)]
     same = [same_text(r, o) for r, o in zip(trained.free_text, replies.free_text)]
-    return {
-        "acts_like": strength(trained, replies),
+    figures = {"rounding": None, "survival": None}
+    if replies.base is not None:
+        first = len(replies.base)
+        of_both = trained.odds[:first], trained.base[:first]
+        noise = rounding(replies.base, *of_both, trained.merge_drift)
+        left = survival(replies.odds[:first], replies.base, *of_both, noise["noise"])
+        figures = {"rounding": noise, "survival": left | {"rows": first}}
+    # A label is sure if its log-odds are further from zero than rounding gets.
+    sure = np.abs(trained.odds) > SURE_TIMES * (figures["rounding"] or {"noise": 0})["noise"]
+    return figures | {
         "prompt_ids_equal": replies.prompts == trained.prompts,
         "prompts_that_differ": sum(a != b for a, b in zip(replies.prompts, trained.prompts)),
-        "agreement": float((labels == wanted).mean()),
-        "disagreements": int((labels != wanted).sum()),
+        "agreement": float(1 - differ.mean()),
+        "disagreements": int(differ.sum()),
+        "sure": {"rows": int(sure.sum()), "disagreements": int((differ & sure).sum())},
         "accuracy": accuracy_report(labels.tolist(), truth, answers),
-        "log_odds_shift": {"mean": float(shift.mean()), "max": float(shift.max())},
+        "log_odds_shift": {"mean": float(shift.mean()), "rms": rms(shift), "max": float(shift.max())},
         "kl": {"mean": float(np.mean(distances)), "max": float(np.max(distances))},
         "free": {"kl_mean": mean_kl(trained.free_next, replies.free_next), "same_text": float(np.mean(same))},
         **replies.speed,
     }
 
 
-def bounds(kind: str, quantization: str, trained_on_base: bool) -> tuple[float, float | None]:
-    """(least label agreement, largest change of accuracy or None) for a file.
+def bound(kind: str, quantization: str, trained_on_base: bool, grid: str | None = None) -> Bound:
+    """What is asked of a file.
 
     A base + LoRA pair is held to the strict bound if the adapter was trained on that very base. Over another
-    base it is not the model that was trained, and only has to work.
+    base it is not the model that was trained, and only has to work. So it is with --qat (`grid`): the file of
+    that type is the model that was trained, all others are not.
     """
-    if kind == "lora":
-        return (AGREEMENT["f16"], ACCURACY_WITHIN) if trained_on_base else (LOWEST_AGREEMENT, None)
-    least = AGREEMENT.get(quantization, LOWEST_AGREEMENT)
-    return least, ACCURACY_WITHIN if least == AGREEMENT["f16"] else None
+    if grid is not None:
+        quantization = "f16" if (kind, quantization) == ("merged", grid) else ""
+    elif kind == "lora":
+        quantization = "f16" if trained_on_base else ""
+    agreement = AGREEMENT.get(quantization, LOWEST_AGREEMENT)
+    strict = agreement == AGREEMENT["f16"]
+    return Bound(agreement, SURVIVAL_STRICT if strict else SURVIVAL, strict and kind != "transformers")
 
 
-def broken_bounds(figures: dict, trained_accuracy: float, least: float, within: float | None) -> list[str]:
+def broken_bounds(figures: dict, bound: Bound) -> list[str]:
     """Which bounds are broken, in words. Fewer than 100 rows tell little: two more of them may differ."""
-    rows = figures["accuracy"]["rows"]
-    spare = 2 if rows < 100 else 0
+    rows, sure = figures["accuracy"]["rows"], figures["sure"]
+    left, noise = figures["survival"], figures["rounding"]
     broken = []
     if not figures["prompt_ids_equal"]:
         broken.append(f"token ids of {figures['prompts_that_differ']} prompts differ")
-    if figures["disagreements"] > int((1 - least) * rows + 1e-9) + spare:
-        broken.append(f"labels agree on {percent(figures['agreement'])} of rows, bound {100 * least:g}%")
-    if figures["acts_like"] != 1:
-        broken.append(f"it answers as with the adapter at {figures['acts_like']:.3g} of its strength")
-    change = abs(figures["accuracy"]["accuracy"] - trained_accuracy)
-    if within is not None and change * rows > within * rows + spare + 1e-9:
-        broken.append(f"accuracy changed by {100 * change:.1f} points, bound {100 * within:g}")
+    if sure["disagreements"] > int((1 - bound.agreement) * rows + 1e-9) + (2 if rows < 100 else 0):
+        allowed = f"bound {100 * (1 - bound.agreement):.3g}% of {rows}"
+        broken.append(f"{sure['disagreements']} labels differ that rounding can't explain, {allowed}")
+    if noise is None:
+        return broken
+    if left["high"] < bound.survival:
+        share = f"only {percent(left['share'])} of what training changed is left"
+        broken.append(f"{share}, bound {100 * bound.survival:g}%")
+    if left["low"] > 1 / bound.survival:
+        broken.append(f"what training changed is there {left['share']:.2g} times")
+    drift = figures["log_odds_shift"]["rms"]
+    if bound.strict and drift > DRIFT_TIMES * noise["noise"]:  # with fewer bits, drift is a result
+        broken.append(f"its answers drift by {drift:.2g}, rounding explains {noise['noise']:.2g}")
     return broken
 
 
-def strength(trained: Replies, replies: Replies) -> float:
-    """The adapter's strength that explains the answers best: 1 unless another one is clearly nearer."""
-    if not trained.scaled:
-        return 1
-    distance = {s: mean_kl(logprobs, replies.next) for s, logprobs in trained.scaled.items()}
+def can_judge(figures: dict) -> bool:
+    """Whether what the adapter changes stands out from this form's rounding."""
+    found = figures["rounding"]
+    return bool(found) and found["effect"] > 2 * found["noise"]
+
+
+def strength(trained: Replies, replies: Replies, noise: float) -> float | None:
+    """The adapter's strength that explains the answers, up to what rounding may add; None if none does.
+
+    What the form changes in the base is subtracted, where it is known: rounding moves all strengths alike.
+    """
+    rows = len(trained.scaled[1])
+    form = trained.base if replies.base is None else replies.base
+    changed = replies.odds[:rows] - form[:rows]
+    distance = {s: rms(changed - (odds - trained.base[:rows])) for s, odds in trained.scaled.items()}
     nearest = min(distance, key=distance.get)
-    return nearest if distance[1] > NOISE and distance[nearest] < distance[1] / 2 else 1
+    may_add = distance[1] / 2 if replies.base is None else DRIFT_TIMES * noise
+    return nearest if distance[nearest] < may_add else None
 
 
-def cause(trained: Replies, replies: Replies, decode: Callable) -> str:
-    """The likely cause of a broken bound; `decode` turns token ids into text."""
+def cause(trained: Replies, replies: Replies, figures: dict, decode: Callable) -> str:
+    """The likely cause of a broken bound; `figures` as compare() has them, `decode` turns ids into text."""
     for theirs, ours in zip(replies.prompts, trained.prompts):
         if theirs != ours:
             return prompt_cause(theirs, ours, decode)
-    acts_like = strength(trained, replies)
+    noise = figures["rounding"]["noise"] if figures["rounding"] else 0.0
+    acts_like = strength(trained, replies, noise) if trained.scaled else None
     if acts_like == 0:
         return "the adapter is not applied: the answers are those of the base alone"
-    if acts_like != 1:
+    if acts_like not in (1, None):
         tried = f"of the strengths tried, it acts like {acts_like:.3g} times what was trained"
-        return f"the adapter is scaled wrong: {tried} (alpha/r where rsLoRA means alpha/sqrt(r)?)"
-    return "the weights differ: too few bits, another base under the adapter, or another adapter"
+        return f"the adapter is scaled wrong: {tried} (lora_alpha; rsLoRA's alpha/sqrt(r))"
+    return OTHER_WEIGHTS
 
 
 def prompt_cause(theirs: list[int], ours: list[int], decode: Callable) -> str:
@@ -149,17 +194,16 @@ def prompt_cause(theirs: list[int], ours: list[int], decode: Callable) -> str:
     return f"another chat template: at token {at} the file has {theirs!r}, training had {ours!r}"
 
 
-def result(name: str, replies: Replies, trained: Replies, questions, bound=(0.0, None), **facts) -> dict:
+def result(name: str, replies: Replies, trained: Replies, questions, bound: Bound | None, **facts) -> dict:
     """One row of the ladder: `facts`, figures and what is broken; also shown in one line."""
     figures = compare(trained, replies, questions.truth, questions.answers)
-    trained_right = np.mean((trained.odds > 0) == np.array(questions.truth))
-    broken = broken_bounds(figures, trained_right, *bound)
-    why = cause(trained, replies, questions.tokenizer.decode) if broken else None
-    agrees = "reference" if replies is trained else f"agrees on {percent(figures['agreement'])}"
+    broken = broken_bounds(figures, bound) if bound else []
+    why = cause(trained, replies, figures, questions.tokenizer.decode) if broken else None
+    agrees = f"agrees on {percent(figures['agreement'])}" if bound else "reference"
     speed = f"{figures['decode_tokens_per_second']:.1f} tokens/s"
     failed = f"; broken: {'; '.join(broken)}: {why}" if broken else ""
     note(f"{name:14} {agrees}, accuracy {percent(figures['accuracy']['accuracy'])}, {speed}{failed}")
-    limits = {"agreement": bound[0], "accuracy_within": bound[1]}
+    limits = asdict(bound) if bound else None
     return {"name": name, **facts, **figures, "bound": limits, "broken": broken, "cause": why}
 
 
@@ -167,7 +211,7 @@ def hold_lora_to_q8(results: list[dict]) -> None:
     """A pair that is exactly what was trained must be nearer to it than the merged Q8_0."""
     q8 = next((r for r in results if r["name"] == "Q8_0" and "kl" in r), None)
     for r in results:
-        strict = r.get("kind") == "lora" and "kl" in r and r["bound"]["accuracy_within"] is not None
+        strict = r.get("kind") == "lora" and "kl" in r and r["bound"]["strict"]
         if q8 and strict and r["kl"]["mean"] >= q8["kl"]["mean"]:
             r["broken"].append(f"mean KL {r['kl']['mean']:.2g} is not below Q8_0's {q8['kl']['mean']:.2g}")
             r["cause"] = r["cause"] or "the pair is not what was trained"

@@ -21,7 +21,7 @@ from qlora.cli import UserError, progress
 from qlora.control_tokens import TEMPLATE_VARIABLES, has_control_tokens
 from qlora.prompts import render
 from reference import Questions
-from settings import BIN
+from settings import BIN, SURVIVAL_ROWS
 
 TOP = 1000  # likeliest next tokens that a server is asked for; the rest of the vocabulary counts as one
 PATIENCE_SECONDS = 600  # a 70B read from a slow disk; a crash is noticed at once
@@ -40,17 +40,32 @@ def ask_server(name: str, files: Sequence[Path], questions: Questions) -> Replie
             free_next.append(server.answer(ids, 1, TOP)["top"])
             free.append(server.answer(ids, questions.free_tokens))
             step(1)
-    odds = []
-    for ids, logprobs in (row["top"] for row in rows):
-        found, least = dict(zip(ids, logprobs)), min(logprobs)  # what is not listed is at most as likely
-        no, yes = (found.get(token, least) for token in questions.answer_ids)
-        odds.append(yes - no)
     read, written = ([reply["timings"] for reply in replies] for replies in (rows, free))
     prefill = sum(t["prompt_n"] for t in read) / sum(t["prompt_ms"] for t in read)
     decode = sum(t["predicted_n"] - 1 for t in written) / sum(t["predicted_ms"] for t in written)
     speed = dict(zip(SPEED, (server.load_seconds, 1000 * prefill, 1000 * decode)))
     prompts, texts = [reply["prompt"] for reply in rows + free], [reply["text"] for reply in free]
-    return Replies(prompts, np.array(odds), [row["top"] for row in rows], free_next, texts, speed)
+    odds = np.array([log_odds(*row["top"], questions.answer_ids) for row in rows])
+    return Replies(prompts, odds, [row["top"] for row in rows], free_next, texts, speed)
+
+
+def ask_labels(name: str, model: Path, questions: Questions) -> np.ndarray:
+    """Log-odds of the labels of the first SURVIVAL_ROWS reviews (rows,), and nothing else."""
+    asked = questions.reviews[:SURVIVAL_ROWS]
+    odds = []
+    with Server(model, (), questions.context) as server, progress(len(asked), name) as step:
+        for messages in asked:
+            top = server.answer(prompt_ids(server, questions, messages), 1, TOP)["top"]
+            odds.append(log_odds(*top, questions.answer_ids))
+            step(1)
+    return np.array(odds)
+
+
+def log_odds(ids: Sequence[int], logprobs: Sequence[float], answer_ids: tuple[int, int]) -> float:
+    """log P(second answer) - log P(first): what is not listed counts as the least likely that is."""
+    found, least = dict(zip(ids, logprobs)), min(logprobs)
+    no, yes = (found.get(token, least) for token in answer_ids)
+    return yes - no
 
 
 def prompt_ids(server: "Server", questions: Questions, messages: list[dict]) -> list[int]:

@@ -23,10 +23,11 @@ from settings import LESS_MEMORY, ParitySettings
 def main(argv: Sequence[str] | None = None) -> None:
     s = parse(ParitySettings, argv, __doc__)
     # These import torch, so they wait until the flags are checked.
+    from base_forms import BaseForms
     from gguf_files import canonical
-    from ladder import bounds, hold_lora_to_q8, result
+    from ladder import bound, hold_lora_to_q8, result
     from ladder_report import show, write_record
-    from qlora.files import lock_folder
+    from qlora.files import lock_folder, scratch
     from reference import ask_trained, read_questions
     from variants import exported, fault, given, measure
 
@@ -38,16 +39,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     faults = [fault(variant, adapter) for variant in variants]
 
     # 1. The reference: what was trained, and the same merged to 16 bits, in transformers
-    title = f"{'NF4' if adapter.base.precision == 'nf4' else adapter.base.precision} + LoRA"
-    trained, merged = ask_trained(adapter, questions, title)
-    results = [result(title, trained, trained, questions)]
-    results.append(result("merged 16 bit", merged, trained, questions, bounds("merged", "bf16", False)))
-
-    # 2. Each file, through llama-server
     record = s.output_dir / ("parity-given.json" if s.gguf else "parity.json")  # the ladder's own is kept
-    for variant, broken in zip(variants, faults):
-        results.append(broken or measure(variant, adapter, trained, questions))
-        write_record(record, adapter, questions, results)
+    title = f"{'NF4' if adapter.base.precision == 'nf4' else adapter.base.precision} + LoRA"
+    with scratch(s.output_dir) as aside:
+        trained, merged, kept = ask_trained(adapter, questions, title, aside / "base")
+        results = [result(title, trained, trained, questions, None)]
+        facts = {"dtype": kept.dtype, "kept": dataclasses.asdict(kept)}
+        wanted = bound("transformers", "f16", False, adapter.qat)
+        results.append(result("merged 16 bit", merged, trained, questions, wanted, **facts))
+        if not results[-1]["broken"]:  # then its drift is rounding, which all merged files have
+            trained.merge_drift = results[-1]["log_odds_shift"]["rms"]
+
+        # 2. Each file and the base alone in its form, through llama-server
+        forms = BaseForms(adapter, questions, aside)
+        for variant, broken in zip(variants, faults):
+            results.append(broken or measure(variant, adapter, trained, questions, forms))
+            write_record(record, adapter, questions, results)
 
     # 3. The verdict
     hold_lora_to_q8(results)

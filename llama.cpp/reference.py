@@ -1,10 +1,12 @@
 """The questions of the parity ladder, and the trained model's replies to them, in transformers."""
 
+import contextlib
 import gc
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from peft.tuners.lora import LoraLayer
@@ -18,13 +20,13 @@ from qlora.evaluation import score_labels
 from qlora.fast import make_fast
 from qlora.generation import generate
 from qlora.hardware import return_freed_memory
-from qlora.loading import Base, load_tokenizer
+from qlora.loading import Base, load_base, load_tokenizer
 from qlora.logits import causal_lm
-from qlora.merging import merged_model
-from settings import BIN, FREE_PROMPTS, FREE_TOKENS, PROVED, ParitySettings, why_not_built
+from qlora.merging import Kept, copy_dequantized, merged_model
+from settings import BIN, FREE_PROMPTS, FREE_TOKENS, PROVED, SURVIVAL_ROWS, ParitySettings, why_not_built
 
 TIMED = 32  # reviews on which prefill is timed
-SCALED_ROWS = 8  # reviews that are asked again with the adapter at other strengths
+SCALED_ROWS = 16  # reviews that are asked again with the adapter at other strengths
 
 
 @dataclass
@@ -70,20 +72,34 @@ def read_questions(s: ParitySettings) -> tuple[Adapter, Questions]:
     return adapter, Questions(tokenizer, reviews, free, truth, prompt.answers, first, FREE_TOKENS, context)
 
 
-def ask_trained(adapter: Adapter, questions: Questions, title: str) -> tuple[Replies, Replies]:
-    """Replies of the model as it was trained, and of the same merged to 16 bits."""
+def ask_trained(
+    adapter: Adapter, questions: Questions, title: str, plain: Path
+) -> tuple[Replies, Replies, Kept]:
+    """Replies of the model as it was trained and of the same merged to 16 bits, and what that merge keeps.
+
+    Both with their base's. The base's trained-on values in the merge's dtype become the folder `plain`.
+    """
     started = time.perf_counter()
     model, base = load_trained(adapter)
     load_seconds = time.perf_counter() - started
     trained = ask(model, base, questions, title, load_seconds)
-    trained.scaled = at_other_strengths(model, base, trained, adapter.config["r"])
-    merged, _ = merged_model("dequantized", adapter, base)
+    with scaled_by(model, 0):  # of an adapter trained through a grid the base is rounded, too
+        trained.base = label_odds(model, base, questions, "base")
+    trained.scaled = at_other_strengths(model, base, questions, adapter.config["r"])
+    merged, kept = merged_model("dequantized", adapter, base)
     make_fast(merged)
-    replies = ask(merged, base, questions, "merged 16 bit")
-    del model, base, merged  # the servers need the memory
+    replies = ask(merged, base, questions, f"merged {kept.dtype}")
+    del merged
+    alone = load_base(base.info.name, kept.dtype, base.hardware, base.info.revision or None).model
+    copy_dequantized(base.model, alone)
+    alone.save_pretrained(plain)
+    base.tokenizer.save_pretrained(plain)
+    make_fast(alone)
+    replies.base = label_odds(alone, base, questions, f"base in {kept.dtype}")
+    del model, base, alone  # the servers need the memory
     gc.collect()
     return_freed_memory()
-    return trained, replies
+    return trained, replies, kept
 
 
 def ask(model, base: Base, questions: Questions, title: str, load_seconds: float | None = None) -> Replies:
@@ -102,6 +118,15 @@ def ask(model, base: Base, questions: Questions, title: str, load_seconds: float
     odds = logprobs[:, yes] - logprobs[:, no]
     speed = dict(zip(SPEED, (load_seconds, prefill, decode)))
     return Replies(reviews + free, odds, list(logprobs), free_next, texts, speed)
+
+
+def label_odds(model, base: Base, questions: Questions, title: str = "", rows=SURVIVAL_ROWS) -> np.ndarray:
+    """log P(second answer) - log P(first) of the first reviews (rows,), with a progress bar."""
+    reviews = [p.render(base.tokenizer, messages, True) for messages in questions.reviews[:rows]]
+    answers = [[token] for token in questions.answer_ids]
+    with progress(len(reviews), title) as step:
+        no, yes = score_labels(model, reviews, answers, base.hardware.autocast, step).T
+    return yes - no
 
 
 def scorer(model, base: Base) -> Callable:
@@ -128,14 +153,24 @@ def continue_freely(model, base: Base, prompts: list[list[int]], length: int) ->
     return texts, len(prompts) * (length - 1) / seconds
 
 
-def at_other_strengths(model, base: Base, trained: Replies, r: int) -> dict[float, np.ndarray]:
-    """{strength: logprobs of the first rows}: what a lost or wrongly scaled adapter would say."""
-    prompts = trained.prompts[: min(SCALED_ROWS, len(trained.odds))]
+def at_other_strengths(model, base: Base, questions: Questions, r: int) -> dict[float, np.ndarray]:
+    """{strength: log-odds of the first rows}: what a lost or wrongly scaled adapter would say."""
+    scaled = {}
+    for strength in (0, 1 / math.sqrt(r), 0.5, 1, 2, math.sqrt(r)):
+        title = f"adapter at {strength:.3g} of its strength"
+        with scaled_by(model, strength):
+            scaled[strength] = label_odds(model, base, questions, title, SCALED_ROWS)
+    return scaled
+
+
+@contextlib.contextmanager
+def scaled_by(model, strength: float):
+    """While this is open, the adapter adds so many times what it was trained to add."""
     kept = [(m.scaling, dict(m.scaling)) for m in model.modules() if isinstance(m, LoraLayer)]
-    scaled, next_logprobs = {1: trained.next[: len(prompts)]}, scorer(model, base)
-    for strength in (0, 1 / math.sqrt(r), math.sqrt(r), 1):  # ends as it was
+    try:
         for scaling, values in kept:
             scaling.update({name: value * strength for name, value in values.items()})
-        if strength != 1:
-            scaled[strength] = next_logprobs(prompts)
-    return scaled
+        yield
+    finally:
+        for scaling, values in kept:
+            scaling.update(values)

@@ -35,7 +35,13 @@ LLAMA_CPP_TAG = "b11434"  # the same in llama.cpp's own repository
 # more change nothing that matters. Below, what quantization costs is a result; only a broken file fails.
 AGREEMENT = {"f32": 0.99, "bf16": 0.99, "f16": 0.99, "Q8_0": 0.99, "Q6_K": 0.97, "Q5_K_M": 0.95}
 LOWEST_AGREEMENT = 0.75  # all other types; Q4_0 of the bundled model, the worst, keeps 92 to 94%
-ACCURACY_WITHIN = 0.005  # where 99% is asked
+
+# Share of what training changed that must be left, by the upper end of its interval; 1/share is too much.
+SURVIVAL_STRICT, SURVIVAL = 0.9, 0.75  # where 99% of labels are asked, and elsewhere
+SURVIVAL_ROWS = 200  # reviews that the base is asked as well, at most
+# What rounding alone does is measured on the base in the same form. A label is sure, and its flip counts, if
+# its log-odds are this many times further from zero than that; from 8 bits on, more drift is no rounding.
+SURE_TIMES, DRIFT_TIMES = 3, 4
 
 # Not reviews: what the adapter was not trained for has to survive as well.
 FREE_PROMPTS = (

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf_files as gf
+from base_forms import BaseForms
 from gguf_export import make, unfit_for_lora_file
-from ladder import Replies, bounds, result
+from ladder import OTHER_WEIGHTS, Replies, bound, result
 from llama_server import ask_server
 from qlora.adapters import WEIGHTS, Adapter
 from qlora.cli import UserError, note, require
@@ -23,6 +24,7 @@ class Variant:
     files: list[Path]
     facts: dict = field(default_factory=dict)  # for its row, from the files themselves
     vocabulary: int = 0
+    matrix_of: Path | None = None  # the f16 file whose importance matrix it was quantized with
 
     def __post_init__(self):
         kind = "lora" if len(self.files) == 2 else "merged"
@@ -64,8 +66,10 @@ def exported(s: ParitySettings, adapter: Adapter) -> list[Variant]:
         wanted = {kind: {"kind": "merged", "type": kind, "imatrix": imatrix} for kind in types}
         if missing := tuple(kind for kind, what in wanted.items() if not find(**what)):
             export(types=missing, imatrix=imatrix)
+        f16 = find(kind="merged", type="f16", imatrix=False) if imatrix else None
         name = "{} imatrix" if imatrix else "{}"
-        variants += [Variant(name.format(kind), kind, [find(**what)]) for kind, what in wanted.items()]
+        for kind, what in wanted.items():
+            variants.append(Variant(name.format(kind), kind, [find(**what)], matrix_of=f16))
     if unfit := unfit_for_lora_file(adapter):
         note(f"note       no base + LoRA: {unfit}")
         return variants
@@ -97,16 +101,23 @@ def fault(variant: Variant, adapter: Adapter) -> dict | None:
     variant.type = variant.type or gf.file_type(model)
 
 
-def measure(variant: Variant, adapter: Adapter, trained: Replies, questions: Questions) -> dict:
+def measure(
+    variant: Variant, adapter: Adapter, trained: Replies, questions: Questions, forms: BaseForms
+) -> dict:
     """The variant's row: it is asked through llama-server and compared with the trained model."""
     base, kind = variant.files[0], variant.facts["kind"]
     try:
         if variant.vocabulary > len(trained.next[0]):
             raise UserError(f"{base.name} is another model: it has a larger vocabulary than was trained")
         replies = ask_server(variant.name, variant.files, questions)
+        replies.base = forms.odds(variant)
     except UserError as error:
         return variant.broken(error)
     # A pair is what was trained if its base holds the very weights that the adapter was trained on.
     plain = kind == "lora" and adapter.base.precision in ("bf16", "fp16", "fp32")
-    bound = bounds(kind, variant.type, plain and adapter.revision == f"gguf-sha256:{sha256_of(base)}")
-    return result(variant.name, replies, trained, questions, bound, **variant.facts)
+    same = plain and adapter.revision == f"gguf-sha256:{sha256_of(base)}"
+    wanted = bound(kind, variant.type, same, adapter.qat)
+    row = result(variant.name, replies, trained, questions, wanted, **variant.facts)
+    if row["cause"] == OTHER_WEIGHTS and wanted.strict and gf.four_bits_before(gf.read_gguf(base)):
+        row["cause"] = f"it was rounded to 4 bits before it became {variant.type}"
+    return row

@@ -30,9 +30,9 @@ import llama_server
 import parity
 import reference as in_transformers
 import variants
-from gguf_files import canonical, check_metadata, check_pair, place, read_gguf
-from ladder import Replies, bounds, broken_bounds, cause, compare, kl, prompt_cause, same_text, strength
-from settings import AGREEMENT, BIN, LOWEST_AGREEMENT, ParitySettings
+from gguf_files import canonical, check_metadata, check_pair, four_bits_before, place, read_gguf
+from ladder import Bound, Replies, bound, broken_bounds, compare, kl, prompt_cause, same_text
+from settings import AGREEMENT, BIN, LOWEST_AGREEMENT, SURVIVAL, SURVIVAL_STRICT, ParitySettings
 
 no_tools = pytest.mark.skipif(not (BIN / "llama-server").exists(), reason="llama.cpp/build.sh has not run")
 
@@ -69,8 +69,8 @@ def test_same_text_counts_characters_before_the_first_difference():
     assert same_text("", "x") == 0 and same_text("", "") == 1
 
 
-def replies(odds, logprobs, prompts=((1, 5), (1, 6), (1, 7), (1, 8)), scaled=None) -> Replies:
-    return Replies([list(p) for p in prompts], np.array(odds), list(logprobs), [], [], {}, scaled or {})
+def replies(odds, logprobs, prompts=((1, 5), (1, 6), (1, 7), (1, 8))) -> Replies:
+    return Replies([list(p) for p in prompts], np.array(odds), list(logprobs), [], [], {})
 
 
 def test_the_figures_of_one_file():
@@ -81,35 +81,30 @@ def test_the_figures_of_one_file():
     figures = compare(reference, file, [1, 0, 1, 1], ("Negative", "Positive"))
     assert figures["agreement"] == 0.75 and figures["disagreements"] == 1
     assert figures["accuracy"]["accuracy"] == 0.5
-    assert figures["log_odds_shift"] == {"mean": 0.5, "max": 1.0}
+    assert figures["log_odds_shift"] == pytest.approx({"mean": 0.5, "rms": math.sqrt(0.5), "max": 1.0})
+    assert figures["sure"] == {"rows": 4, "disagreements": 1} and figures["survival"] is None
     assert figures["free"]["same_text"] == 0.5 and figures["free"]["kl_mean"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    "rows, disagreements, change, broken",
-    [
-        (400, 4, 0.005, 0),
-        (400, 5, 0.005, 1),
-        (400, 4, 0.0075, 1),
-        (8, 2, 0.25, 0),
-        (8, 3, 0.375, 2),
-    ],
+    "rows, disagreements, broken", [(400, 4, False), (400, 5, True), (8, 2, False), (8, 3, True)]
 )
-def test_four_rows_of_four_hundred_may_differ_and_two_of_few(rows, disagreements, change, broken):
+def test_four_rows_of_four_hundred_may_differ_and_two_of_few(rows, disagreements, broken):
     figures = {
         "prompt_ids_equal": True,
         "prompts_that_differ": 0,
-        "acts_like": 1,
-        "disagreements": disagreements,
-        "agreement": 1 - disagreements / rows,
-        "accuracy": {"accuracy": 0.9 - change, "rows": rows},
+        "sure": {"rows": rows, "disagreements": disagreements},
+        "accuracy": {"rows": rows},
+        "survival": None,
+        "rounding": None,
     }
-    assert len(broken_bounds(figures, 0.9, 0.99, 0.005)) == broken
+    assert bool(broken_bounds(figures, bound("merged", "Q8_0", False))) == broken
 
 
 def test_only_a_base_that_was_trained_on_is_held_to_the_strict_bound():
-    assert bounds("lora", "", True) == bounds("merged", "Q8_0", False) == (AGREEMENT["f16"], 0.005)
-    assert bounds("lora", "", False) == bounds("merged", "Q4_0", False) == (LOWEST_AGREEMENT, None)
+    strict, loose = Bound(AGREEMENT["f16"], SURVIVAL_STRICT, True), Bound(LOWEST_AGREEMENT, SURVIVAL, False)
+    assert bound("lora", "", True) == bound("merged", "Q8_0", False) == strict
+    assert bound("lora", "", False) == bound("merged", "Q4_0", False) == loose
 
 
 @pytest.mark.parametrize(
@@ -131,28 +126,6 @@ def test_the_same_text_in_other_tokens_is_the_tokenizers_fault():
     assert "tokenizer splits" in prompt_cause(
         [1, 3, 4], [1, 2, 2, 4], lambda ids: "".join(pieces[i] for i in ids)
     )
-
-
-def test_an_adapter_that_does_next_to_nothing_is_not_called_lost():
-    """Distances of rounding errors: the nearest of them says nothing."""
-    same = np.tile(log([0.5, 0.5]), (2, 1))
-    reference = replies([0, 0], same, [[1], [2]], {s: same + 1e-6 * s for s in (0, 0.25, 1, 4)})
-    assert strength(reference, replies([0, 0], same, [[1], [2]])) == 1
-
-
-@pytest.mark.parametrize(
-    "given, words", [(0, "not applied"), (0.25, "acts like 0.25 times"), (1, "too few bits")]
-)
-def test_the_nearest_strength_names_the_cause(given, words):
-    """The adapter moves log-odds by 4; a file that moves them by 4 x strength is recognized."""
-
-    def said(strength):
-        odds = np.array([4.0, -4.0]) * strength
-        return np.stack([-np.log1p(np.exp(odds)), -np.log1p(np.exp(-odds))], axis=1)
-
-    prompts = [[1, 5], [1, 6]]
-    reference = replies([4, -4], said(1), prompts, {s: said(s) for s in (0, 0.25, 0.5, 1, 2, 4)})
-    assert words in cause(reference, replies([0, 0], said(given), prompts), str)
 
 
 # --- files ---
@@ -206,6 +179,21 @@ def test_another_models_and_another_adapters_lora_are_told_apart(tmp_path):
         check_pair(base, base, "lora.gguf", weights)
     with pytest.raises(UserError, match="another adapter .* lora_B"):
         check_pair(*write_pair(tmp_path, 4, a, 1.1 * b), "lora.gguf", weights)
+
+
+def test_what_was_in_four_bits_before_is_seen_in_eight(tmp_path):
+    """Q4_0 leaves 16 values in a block of 32 neighbours, and Q8_0 of that no more."""
+    q4, q8 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
+    matrix = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    again = gguf.dequantize(gguf.quantize(matrix, q4), q4)
+    for name, values, seen in (("fresh", matrix, False), ("again", again, True)):
+        writer = gguf.GGUFWriter(tmp_path / name, "llama")
+        writer.add_tensor("blk.0.attn_q.weight", gguf.quantize(values, q8), raw_dtype=q8)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        assert four_bits_before(read_gguf(tmp_path / name)) is seen
 
 
 def test_types_are_known_however_they_are_spelled():
@@ -305,6 +293,12 @@ def test_files_that_are_what_was_trained_pass(ladder):
             rung["name"] == "merged 16 bit"
         )
     assert report["rungs"][0]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
+    merged = report["rungs"][1]
+    assert merged["dtype"] == "fp16" and merged["kept"]["whole"] > 0.99
+    for rung in report["rungs"][1:4]:
+        assert rung["survival"]["share"] == pytest.approx(1, abs=0.1)
+        assert rung["rounding"]["noise"] < rung["rounding"]["effect"] / 4
+    assert not list(ladder.glob(".qlora-part-*"))
     assert report["rungs"][2]["bits_per_weight"] > 16 > report["rungs"][3]["bits_per_weight"] > 8
     assert report["llama_cpp"]["built"].startswith(("cpu", "cuda")) and "public_name" not in report["base"]
     assert (ladder / "parity.md").read_text().count("\n|") == 2 + 5  # header, rule, five rows
@@ -337,7 +331,7 @@ def test_the_server_reads_odd_texts_as_training_did(ladder, tokenizer):
 
 
 @built
-def test_a_row_with_control_tokens_is_answered_as_by_the_trained_model(ladder, strong):
+def test_a_row_with_control_tokens_is_answered_as_by_the_trained_model(ladder, strong, tmp_path):
     """It is text to both; the raw server obeys it and answers to another prompt."""
     from qlora import prompts as p
 
@@ -346,7 +340,7 @@ def test_a_row_with_control_tokens_is_answered_as_by_the_trained_model(ladder, s
     reviews = [p.fitted_messages(tokenizer, adapter.prompt, text) for text in texts]
     answers = tuple(p.answer_ids(tokenizer, adapter.prompt, label)[0] for label in (0, 1))
     questions = in_transformers.Questions(tokenizer, reviews, reviews[1:], [0, 1], ("", ""), answers, 2, 256)
-    trained, merged = in_transformers.ask_trained(adapter, questions, "trained")
+    trained, merged, _ = in_transformers.ask_trained(adapter, questions, "trained", tmp_path / "base")
     file = llama_server.ask_server("f16", [ladder / "strong-f16.gguf"], questions)
     assert file.prompts == trained.prompts
     assert max(kl(reference, other) for reference, other in zip(merged.next, file.next)) < 1e-3
