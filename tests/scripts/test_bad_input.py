@@ -253,7 +253,7 @@ def test_datasets(tmp_path, name, content, match):
         "--output-dir",
         tmp_path / "out",
         "--model",
-        "unused/unused",
+        tmp_path / "unused",
         match=match,
     )
     assert contents(tmp_path / "out") == {}  # the next try, with the right file, finds the folder free
@@ -289,7 +289,7 @@ def test_a_dataset_with_a_name_that_no_system_takes(tmp_path):
 
 
 def test_more_rows_than_there_are(tmp_path, csv):
-    flags = ("--dataset", csv, "--model", "unused/unused", "--output-dir", tmp_path / "out")
+    flags = ("--dataset", csv, "--model", tmp_path / "unused", "--output-dir", tmp_path / "out")
     train(*flags, "--samples", 41, "--eval-samples", 8, match="--samples 41: 32 different rows")
     train(*flags, "--samples", 4, "--eval-samples", 80, match="--eval-samples 80: the dataset has 40")
     train(
