@@ -120,4 +120,5 @@ def measure(
     row = result(variant.name, replies, trained, questions, wanted, **variant.facts)
     if row["cause"] == OTHER_WEIGHTS and wanted.strict and gf.four_bits_before(gf.read_gguf(base)):
         row["cause"] = f"it was rounded to 4 bits before it became {variant.type}"
+        note(f"{variant.name:14} {row['cause']}")
     return row
