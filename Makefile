@@ -41,6 +41,8 @@ results: .venv/installed  ## measure again (several hours; all but the longer ru
 	$(BIN)/python benchmarks/faults.py --cost
 	$(BIN)/python benchmarks/injection.py
 	$(BIN)/python quant_llama32_4bit_lora.py --output-dir $(RESULTS)/lab >$(RESULTS)/lab/demo.txt 2>&1
+	$(BIN)/python quant_llama32_4bit_lora.py --output-dir $(RESULTS)/lab --compare fp32 bf16 int8 int8-dynamic int8-static \
+	  w4a8 fp4 nf4 nf4-dq gptq awq int4 int4-g64 int4-sym int4-sym-g64 mxfp4 nvfp4 >$(RESULTS)/lab/compare.txt 2>&1
 	$(BIN)/python benchmarks/rehearsal.py
 	$(BIN)/python quant_llama32_4bit_lora.py --plan --gpus 2 --model llama-3.1-70b --batch-size 1 \
 	  --gradient-checkpointing --output-dir quant-out-70b
@@ -49,9 +51,10 @@ results: .venv/installed  ## measure again (several hours; all but the longer ru
 	cp qlora-out/report.json $(RESULTS)/default_run.json
 	$(BIN)/python quant_llama32_4bit_lora.py --ledger --adapter qlora-out --output-dir quant-out \
 	  >$(RESULTS)/lab/adapter_ledger.txt 2>&1
-	$(BIN)/python llama.cpp/parity.py --imatrix
+	$(BIN)/python llama.cpp/parity.py --imatrix --calibrated gptq awq
 	cp gguf-out/parity.json gguf-out/parity.md gguf-out/parity.png $(RESULTS)/parity/nf4/
 	$(BIN)/python benchmarks/verdicts.py
+	$(BIN)/python benchmarks/qat.py
 	$(BIN)/python qlora_finetune.py --model models/SmolLM2-135M-Instruct.Q4_1.gguf --output-dir q4-run --resume
 	$(BIN)/python llama.cpp/parity.py --adapter q4-run --types Q8_0 --output-dir gguf-q4
 	cp gguf-q4/parity.json gguf-q4/parity.md gguf-q4/parity.png $(RESULTS)/parity/q4_1/

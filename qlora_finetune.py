@@ -38,7 +38,7 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
 def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
-    global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, plan, prompts
+    global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, packed, plan, prompts
     global qat, report, shapes, sharding, sources, variants, BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
@@ -54,6 +54,7 @@ def import_libraries() -> None:
         hub,
         loading,
         lora,
+        packed,
         prompts,
         qat,
         shapes,
@@ -193,6 +194,8 @@ def choose_model(s: TrainSettings):
     processes.meet(machine.device)
     if (lane := processes.told_by_first(machine.lane)) != machine.lane:  # their trials may differ
         machine = hardware.detect(precision, s.device, lane, sizes)
+    whole = f"--precision {precision}: its codes are no parameters that could be sharded (FSDP); use DDP"
+    require(not (processes.is_sharded() and precision in packed.METHODS), whole)
     s, model, why = dataclasses.replace(s, precision=precision), s.model, "given"
     if model == "auto":
         model, why = hub.or_ungated(*plan.default_model(machine, plan.training_job(s, machine)))

@@ -21,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from config import BUNDLED
+from qlora import calibrated
 from qlora.cli import note, parse, run
 from qlora.files import read_json, write_json
 from qlora.hardware import detect, environment
-from qlora.lab import calibrated, compare
+from qlora.lab import compare
 from qlora.loading import load_base
 from qlora.sources import locate
 
@@ -81,7 +82,7 @@ def main() -> None:
     found |= {"environment": environment(machine), "rows_seen": s.rows, "tokens_per_row": s.length}
     base = load_base(BUNDLED, "fp32", machine)
     held = compare.held_out(base.tokenizer, 64, seed=42)
-    ids = compare.calibration_ids(base.tokenizer, s.rows, s.length, 64, seed=42)
+    ids = calibrated.calibration_ids(base.tokenizer, s.rows, s.length, 64, seed=42)
     if not any(row["by"] == "16 bit" for row in found["rows"]):
         found["rows"].append({"by": "16 bit", "method": "", "perplexity": perplexity(base.model, held)})
     with tempfile.TemporaryDirectory() as scratch:

@@ -24,6 +24,7 @@ from qlora.fetch import PACKAGED_MODEL, fetch
 from qlora.files import free_bytes, lock_folder, remove_leftovers, scratch, write_text
 from qlora.loading import load_tokenizer
 from qlora.merging import merge_into
+from qlora.packed import METHODS as PACKED
 from qlora.prompts import sentiment_example, sentiment_messages
 from qlora.sources import check_folder, locate
 from settings import BIN, SOURCE, UNPROVED, ExportSettings, why_not_built
@@ -78,6 +79,8 @@ def unfit_for_lora_file(adapter: Adapter) -> str | None:
         return "DoRA rescales every row of W, which a LoRA GGUF can't express"
     keys = ("modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices")
     held = [key for key in keys if adapter.config.get(key)]
+    if adapter.base and adapter.base.precision in PACKED:
+        return f"its base is held as {adapter.base.precision.upper()}, which is no GGUF type"
     return f"a LoRA GGUF can't express {', '.join(held)}" if held else None
 
 

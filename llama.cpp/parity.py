@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     s = parse(ParitySettings, argv, __doc__)
     # These import torch, so they wait until the flags are checked.
     from base_forms import BaseForms
+    from calibrated_rungs import measure_calibrated
     from gguf_files import canonical
     from ladder import bound, hold_lora_to_q8, result
     from ladder_report import show, write_record
@@ -42,13 +43,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = s.output_dir / ("parity-given.json" if s.gguf else "parity.json")  # the ladder's own is kept
     title = f"{'NF4' if adapter.base.precision == 'nf4' else adapter.base.precision} + LoRA"
     with scratch(s.output_dir) as aside:
-        trained, merged, kept = ask_trained(adapter, questions, title, aside / "base")
+        trained, merged, kept = ask_trained(adapter, questions, title, aside)
         results = [result(title, trained, trained, questions, None)]
         facts = {"dtype": kept.dtype, "kept": dataclasses.asdict(kept)}
         wanted = bound("transformers", "f16", False, adapter.qat)
         results.append(result("merged 16 bit", merged, trained, questions, wanted, **facts))
         if not results[-1]["broken"]:  # then its drift is rounding, which all merged files have
             trained.merge_drift = results[-1]["log_odds_shift"]["rms"]
+
+        for method in s.calibrated:
+            results.append(measure_calibrated(method, aside, adapter, trained, questions))
 
         # 2. Each file and the base alone in its form, through llama-server
         forms = BaseForms(adapter, questions, aside)

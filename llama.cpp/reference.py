@@ -73,11 +73,12 @@ def read_questions(s: ParitySettings) -> tuple[Adapter, Questions]:
 
 
 def ask_trained(
-    adapter: Adapter, questions: Questions, title: str, plain: Path
+    adapter: Adapter, questions: Questions, title: str, aside: Path
 ) -> tuple[Replies, Replies, Kept]:
     """Replies of the model as it was trained and of the same merged to 16 bits, and what that merge keeps.
 
-    Both with their base's. The base's trained-on values in the merge's dtype become the folder `plain`.
+    Both with their base's. The merge, and the base's trained-on values in its dtype, become the folders
+    `aside`/merged and `aside`/base.
     """
     started = time.perf_counter()
     model, base = load_trained(adapter)
@@ -87,19 +88,24 @@ def ask_trained(
         trained.base = label_odds(model, base, questions, "base")
     trained.scaled = at_other_strengths(model, base, questions, adapter.config["r"])
     merged, kept = merged_model("dequantized", adapter, base)
+    write_plain(merged, base, aside / "merged")
     make_fast(merged)
     replies = ask(merged, base, questions, f"merged {kept.dtype}")
     del merged
     alone = load_base(base.info.name, kept.dtype, base.hardware, base.info.revision or None).model
     copy_dequantized(base.model, alone)
-    alone.save_pretrained(plain)
-    base.tokenizer.save_pretrained(plain)
+    write_plain(alone, base, aside / "base")
     make_fast(alone)
     replies.base = label_odds(alone, base, questions, f"base in {kept.dtype}")
     del model, base, alone  # the servers need the memory
     gc.collect()
     return_freed_memory()
     return trained, replies, kept
+
+
+def write_plain(model, base: Base, folder: Path) -> None:
+    model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
 
 
 def ask(model, base: Base, questions: Questions, title: str, load_seconds: float | None = None) -> Replies:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from config import EVAL_SAMPLES
 
@@ -89,6 +90,8 @@ class ParitySettings:
     types: tuple[str, ...] = ("f16", "Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0")
     # Also the types under five bits quantized with an importance matrix, made from the training prompts.
     imatrix: bool = False
+    # Also the merged model quantized by these, in transformers: gptq, awq.
+    calibrated: tuple[Literal["gptq", "awq"], ...] = ()
     # Only these files, wherever they come from: FILE.gguf, or BASE.gguf+LORA.gguf.
     gguf: tuple[str, ...] = ()
     # Held-out rows, the same as in the training run.

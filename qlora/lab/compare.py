@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from config import COMPARABLE, EVAL_SAMPLES
+from config import COMPARABLE
 from qlora import prompts as p
-from qlora.cli import UsageError, UserError, first_line, note, progress, require
+from qlora.calibrated import calibration_ids, calibration_notes
+from qlora.cli import UserError, first_line, note, progress
 from qlora.data import load_rows, split
 from qlora.evaluation import accuracy_report, score_labels
 from qlora.generation import generate
 from qlora.hardware import Hardware, detect, return_freed_memory
-from qlora.lab.calibrated import calibration_notes
 from qlora.lab.compare_pictures import FOUR_BIT, findings, show_header, show_rows
 from qlora.lab.precisions import CALIBRATED, default_precisions, emulated, load, load_source, prepare
 from qlora.logits import hidden_states, logits_from
@@ -124,22 +124,6 @@ def held_out(tokenizer, eval_samples: int, seed: int) -> HeldOut:
         truth=[row.label for row in asked],
         names=prompt.answers,
     )
-
-
-def calibration_ids(tokenizer, rows: int, length: int, held_out: int, seed: int) -> torch.Tensor:
-    """Token ids (rows, length) of training reviews that have so many; no review that training holds out."""
-    require(rows >= 8, f"--calibration-rows {rows}: choose at least 8")
-    require(length >= 32, f"--calibration-length {length}: choose at least 32 tokens")
-    found, held_out = load_rows("imdb"), max(held_out, EVAL_SAMPLES)
-    reviews, _ = split(found, len(found.rows) - held_out, held_out, seed)
-    chosen: list[list[int]] = []
-    for text in (row.text for row in reviews if len(row.text) >= length):
-        ids = p.text_ids(tokenizer, text)[:length]
-        chosen += [ids] if len(ids) == length else []
-        if len(chosen) == rows:
-            return torch.tensor(chosen)
-    fix = "choose fewer --calibration-rows or a lower --calibration-length"
-    raise UsageError(f"only {len(chosen)} training reviews have {length} tokens, {rows} are wanted: {fix}")
 
 
 def measure(name: str, precision: str, hardware: Hardware, held: HeldOut, source, calibration) -> tuple:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from qlora.packed import PackedLinear
 from qlora.tables import table
 from qlora.weights import constants
 
@@ -23,9 +24,10 @@ def show_outline(model) -> dict:
     rows.append(("sum", "", f"{total['values']:,}", "", *shown_amounts(**total)))
     print()
     print(table(["in all", "modules", "values", "stored as", *amounts], rows))
-    same = "the same" if footprint == tree["bytes"] else f"{footprint - tree['bytes']:+,}"
-    whole = tree["bytes"] + tree["constants"]
-    more = f"; with the constants, which it leaves out: {whole:,}" if tree["constants"] else ""
+    whole = tree["bytes"] + tree["constants"]  # it counts GPTQ's and AWQ's constants, not bitsandbytes'
+    same = "the same" if footprint in (tree["bytes"], whole) else f"{footprint - tree['bytes']:+,}"
+    left_out = tree["constants"] and footprint != whole
+    more = f"; with the constants, which it leaves out: {whole:,}" if left_out else ""
     print(f"  get_memory_footprint(): {footprint:,} bytes ({same}){more}")
     measured = {"bytes": tree["bytes"], "constants": tree["constants"], "memory_footprint": footprint}
     return {"tree": tree, "sums": sums, **measured}
@@ -40,12 +42,19 @@ def describe(module, name: str = "", owners: dict | None = None) -> dict:
     node = {"name": name.rpartition(".")[2], "kind": type(module).__name__, "count": 1, "tied": ""}
     node |= {"own_bytes": 0, "own_constants": 0, "values": 0}
     shapes, stored = [], []
+    packed = isinstance(module, PackedLinear)
     for label, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
         state = getattr(tensor, "quant_state", None)
+        if packed and label in ("zeros", "scales", "group_of"):
+            node["own_constants"] += tensor.nbytes
+            continue
         shape = tensor.shape if state is None else state.shape  # the packed tensor's own is (bytes, 1)
+        if packed and label == "codes":
+            shape = (module.out_features, module.in_features)
         shapes.append(" x ".join(map(str, shape)) or "1")
         dtype = str(tensor.dtype).removeprefix("torch.")
-        stored.append(dtype if state is None else f"{state.quant_type} in {dtype}")
+        codes = f"{module.bits}-bit codes in {dtype}" if packed and label == "codes" else dtype
+        stored.append(codes if state is None else f"{state.quant_type} in {dtype}")
         if id(tensor) in owners:
             node["tied"] = owners[id(tensor)]
             continue

@@ -6,9 +6,9 @@ import importlib.util
 import torch
 
 from config import COMPARABLE, PRECISIONS
+from qlora.calibrated import calibrated_folder
 from qlora.cli import UserError
 from qlora.hardware import Hardware
-from qlora.lab.calibrated import calibrated_folder
 from qlora.lab.rounded import SCHEMES, round_layers
 from qlora.loading import Base, load_base, quantization_config
 from qlora.packed import METHODS as PACKED

@@ -9,10 +9,10 @@ from conftest import SMALL_RUN, here
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+from qlora import calibrated
 from qlora.cli import UserError
 from qlora.fast import make_fast
 from qlora.hardware import detect
-from qlora.lab import calibrated
 from qlora.loading import load_base
 from qlora.lora import linear_names
 from qlora.packed import AWQ_ORDER, PackedLinear, Packing, Stored, pack, packed_tensors, unpack

@@ -278,7 +278,8 @@ def ladder(tmp_path_factory, strong) -> Path:
     out = tmp_path_factory.mktemp("ladder") / "gguf"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(in_transformers, "FREE_TOKENS", 8)
-        parity.main(["--adapter", str(strong), "--types", "f16", "Q8_0", "--output-dir", str(out)])
+        flags = ["--adapter", str(strong), "--types", "f16", "Q8_0", "--calibrated", "gptq"]
+        parity.main([*flags, "--output-dir", str(out)])
     return out
 
 
@@ -286,22 +287,25 @@ def ladder(tmp_path_factory, strong) -> Path:
 def test_files_that_are_what_was_trained_pass(ladder):
     report = json.loads((ladder / "parity.json").read_text())
     names = [r["name"] for r in report["rungs"]]
-    assert names == ["NF4 + LoRA", "merged 16 bit", "f16", "Q8_0", "base + LoRA"]
+    assert names == ["NF4 + LoRA", "merged 16 bit", "gptq", "f16", "Q8_0", "base + LoRA"]
     for rung in report["rungs"]:
         assert rung["prompt_ids_equal"] and rung["broken"] == []
         assert rung["decode_tokens_per_second"] > 0 and (rung["load_seconds"] is None) == (
-            rung["name"] == "merged 16 bit"
+            rung["name"] in ("merged 16 bit", "gptq")
         )
     assert report["rungs"][0]["kl"]["mean"] == pytest.approx(0, abs=1e-6)
     merged = report["rungs"][1]
     assert merged["dtype"] == "fp16" and merged["kept"]["whole"] > 0.99
+    gptq = report["rungs"].pop(2)
+    assert gptq["bits_per_weight"] < 16 and gptq["rounding"]["noise"] > merged["rounding"]["noise"]
+    assert gptq["survival"]["share"] == pytest.approx(1, abs=0.5)
     for rung in report["rungs"][1:4]:
         assert rung["survival"]["share"] == pytest.approx(1, abs=0.1)
         assert rung["rounding"]["noise"] < rung["rounding"]["effect"] / 4
     assert not list(ladder.glob(".qlora-part-*"))
     assert report["rungs"][2]["bits_per_weight"] > 16 > report["rungs"][3]["bits_per_weight"] > 8
     assert report["llama_cpp"]["built"].startswith(("cpu", "cuda")) and "public_name" not in report["base"]
-    assert (ladder / "parity.md").read_text().count("\n|") == 2 + 5  # header, rule, five rows
+    assert (ladder / "parity.md").read_text().count("\n|") == 2 + 6  # header, rule, six rows
     assert (ladder / "parity.png").stat().st_size > 10_000
 
 

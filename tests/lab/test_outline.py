@@ -7,8 +7,9 @@ import torch
 from transformers import AutoConfig
 
 from qlora.hardware import detect
-from qlora.lab.outline import show_outline
+from qlora.lab.outline import describe, show_outline
 from qlora.loading import load_base
+from qlora.packed import PackedLinear, Packing
 from qlora.shapes import model_config, skeleton
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 2, "vocab_size": 100, "n_positions": 16}
@@ -81,3 +82,10 @@ def test_int8_scales_are_counted_before_and_after_their_first_use(tiny_folder):
     # one fp32 scale per row; rows per layer: q 64, k 32, v 32, o 64, gate 128, up 128, down 64
     assert before["constants"] == after["constants"] == 2 * 4 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
     assert before["bytes"] == after["bytes"] == model.get_memory_footprint()
+
+
+def test_a_packed_layer_is_shown_as_its_matrix():
+    packing = Packing("gptq", 4, 32, 1)
+    node = describe(PackedLinear(16, 64, None, packing, torch.float32))
+    assert node["shape"] == "16 x 64" and node["stored"] == "4-bit codes in uint8" and node["values"] == 1024
+    assert node["bytes"] == 1024 // 2 and node["constants"] == 16 * 2 * (1 + 2)  # a zero and a scale

@@ -16,12 +16,14 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
-from config import MODELS_DIR
-from qlora.cli import UserError, note, progress
+from config import EVAL_SAMPLES, MODELS_DIR
+from qlora.cli import UsageError, UserError, note, progress, require
+from qlora.data import load_rows, split
 from qlora.files import broken_files, discard, read_json, seal, staged
 from qlora.loading import Base
 from qlora.measures import relative_error
 from qlora.packed import Packing, packed_tensors
+from qlora.prompts import text_ids
 from qlora.weights import linear_layers
 
 BITS, TOP = 4, 15
@@ -227,8 +229,11 @@ def _first(output) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def calibrated_folder(base: Base, rows: Tensor, method: str, group: int) -> Path:
-    """models/… with `base` (in fp32; it is changed) quantized; made once for each model, rows and group."""
+def calibrated_folder(base: Base, rows: Tensor, method: str, group: int, home: Path | None = None) -> Path:
+    """A folder of `home` (models/ if not given) with `base` quantized; made once for a model, rows and group.
+
+    `base` is in fp32, and changed. Raises UserError where the method or the group does not fit the model.
+    """
     kind, name = type(base.model).__name__, base.info.name
     if method == "awq" and kind not in FOLDABLE:
         raise UserError(f"awq puts its factors into Llama's norms, and this is a {kind}: use gptq")
@@ -241,7 +246,7 @@ def calibrated_folder(base: Base, rows: Tensor, method: str, group: int) -> Path
     about |= {"rows": len(rows), "tokens_per_row": rows.shape[1]}
     about["ids_sha256"] = sha256(rows.numpy().tobytes()).hexdigest()
     key = sha256(json.dumps(about).encode()).hexdigest()[:8]
-    folder = MODELS_DIR / f"{Path(name).stem[:60]}-{method}-g{group}-{key}"
+    folder = (home or MODELS_DIR) / f"{Path(name).stem[:60]}-{method}-g{group}-{key}"
     if broken_files(folder) == []:
         note(f"{method:10} taken from {folder} (made before)")
         return folder
@@ -258,6 +263,22 @@ def calibrated_folder(base: Base, rows: Tensor, method: str, group: int) -> Path
         seal(part)
     note(f"{method:10} {seconds:.0f} s on {len(rows)} reviews of {rows.shape[1]} tokens; kept in {folder}")
     return folder
+
+
+def calibration_ids(tokenizer, rows: int, length: int, held_out: int, seed: int) -> torch.Tensor:
+    """Token ids (rows, length) of training reviews that have so many; no review that training holds out."""
+    require(rows >= 8, f"--calibration-rows {rows}: choose at least 8")
+    require(length >= 32, f"--calibration-length {length}: choose at least 32 tokens")
+    found, held_out = load_rows("imdb"), max(held_out, EVAL_SAMPLES)
+    reviews, _ = split(found, len(found.rows) - held_out, held_out, seed)
+    chosen: list[list[int]] = []
+    for text in (row.text for row in reviews if len(row.text) >= length):
+        ids = text_ids(tokenizer, text)[:length]
+        chosen += [ids] if len(ids) == length else []
+        if len(chosen) == rows:
+            return torch.tensor(chosen)
+    fix = "choose fewer --calibration-rows or a lower --calibration-length"
+    raise UsageError(f"only {len(chosen)} training reviews have {length} tokens, {rows} are wanted: {fix}")
 
 
 def write_model(folder: Path, base: Base, tensors: dict, method: str, group: int) -> None:

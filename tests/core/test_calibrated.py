@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from qlora import calibrated as c
 from qlora.cli import UsageError, UserError
 from qlora.hardware import detect
-from qlora.lab import calibrated as c
 from qlora.lab import compare
 from qlora.loading import load_base
 from qlora.measures import relative_error
@@ -125,11 +125,11 @@ def test_what_can_not_be_done_is_said_in_a_line(tiny_folder, tokenizer):
     with pytest.raises(UserError, match="this is a GemmaForCausalLM: use gptq"):
         c.calibrated_folder(base, rows, "awq", 32)
     with pytest.raises(UsageError, match="--calibration-rows 4: choose at least 8"):
-        compare.calibration_ids(tokenizer, 4, 64, 16, 42)
+        c.calibration_ids(tokenizer, 4, 64, 16, 42)
     with pytest.raises(UsageError, match="--calibration-length 8: choose at least 32"):
-        compare.calibration_ids(tokenizer, 8, 8, 16, 42)
+        c.calibration_ids(tokenizer, 8, 8, 16, 42)
     with pytest.raises(UsageError, match=r"only \d+ training reviews have 3000 tokens, 5000 are wanted"):
-        compare.calibration_ids(tokenizer, 5000, 3000, 16, 42)
+        c.calibration_ids(tokenizer, 5000, 3000, 16, 42)
 
 
 def test_calibration_reads_no_row_that_training_holds_out(tokenizer):
@@ -139,7 +139,7 @@ def test_calibration_reads_no_row_that_training_holds_out(tokenizer):
 
     held_out = split(load_rows("imdb"), 0, EVAL_SAMPLES, 42)[1]
     ids = {tuple(text_ids(tokenizer, row.text)[:64]) for row in held_out}
-    chosen = compare.calibration_ids(tokenizer, 64, 64, 16, 42)
+    chosen = c.calibration_ids(tokenizer, 64, 64, 16, 42)
     assert chosen.shape == (64, 64) and not ids & set(map(tuple, chosen.tolist()))
 
 
