@@ -117,6 +117,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 named = {"adapter_name": adapter.peft_name, "config": config}
                 model = PeftModel.from_pretrained(model, adapter.folder, **named)
             else:
+                if grid:  # PEFT makes the layers by a config that it knows
+                    config = qat.register(LoraConfig.from_pretrained(adapter.folder), grid)
+                    model.add_adapter(adapter.peft_name, config)
                 model.load_adapter(str(adapter.folder), adapter_name=adapter.peft_name)
             adapters.check_keys(adapter, model)
         qat.use_grid(model, adapter.peft_name, adapter.qat)
@@ -143,7 +146,8 @@ def choose_base(s: InferSettings, chosen: list):
     """(model, why, precision, hardware) that `auto` stands for."""
     trained, precision = chosen[0].base if chosen else None, s.precision
     if precision == "auto":
-        precision = trained.precision if trained else shapes.stored_precision(shapes.peek(s.model))
+        named = chosen[0].base_model if chosen and s.model == "auto" else s.model
+        precision = trained.precision if trained else shapes.stored_precision(shapes.peek(named))
     machine = hardware.detect(precision, s.device, s.lane)
     hardware.show(machine)
     if s.model != "auto":

@@ -52,4 +52,4 @@ def choices(hint) -> str:
     if "Literal" not in repr(hint):
         return ""
     parts = [part for each in typing.get_args(hint) for part in typing.get_args(each) or (each,)]
-    return f" One of: {', '.join(str(part) for part in parts if part is not type(None))}."
+    return f" One of: {', '.join(str(part) for part in parts if part not in (type(None), ...))}."

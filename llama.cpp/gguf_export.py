@@ -77,10 +77,10 @@ def unfit_for_lora_file(adapter: Adapter) -> str | None:
     """Why a LoRA GGUF can't express this adapter; None if it can."""
     if adapter.config.get("use_dora"):
         return "DoRA rescales every row of W, which a LoRA GGUF can't express"
-    keys = ("modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices")
-    held = [key for key in keys if adapter.config.get(key)]
     if adapter.base and adapter.base.precision in PACKED:
         return f"its base is held as {adapter.base.precision.upper()}, which is no GGUF type"
+    keys = ("modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices")
+    held = [key for key in keys if adapter.config.get(key)]
     return f"a LoRA GGUF can't express {', '.join(held)}" if held else None
 
 
@@ -108,7 +108,9 @@ def check_disk(s: ExportSettings, base: Path, in_fp32: bool = False) -> None:
     weights = 0
     for path in base.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            weights += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+            for key in file.keys():  # noqa: SIM118
+                codes = 8 if key.endswith(".qweight") else 1  # of GPTQ and AWQ: in a number of 32 bits
+                weights += codes * math.prod(file.get_slice(key).get_shape())
     copies = 2 if s.lora else 2 + 3 * in_fp32 + 0.6 * len(s.types)  # in 16 bits; Q8_0 is 0.53 of one
     wanted, free = 2.2 * weights * copies / 1e9, free_bytes(s.output_dir) / 1e9
     if free < wanted:

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     s = parse(ParitySettings, argv, __doc__)
     # These import torch, so they wait until the flags are checked.
     from base_forms import BaseForms
-    from calibrated_rungs import measure_calibrated
+    from calibrated_forms import measure_calibrated
     from gguf_files import canonical
     from ladder import bound, hold_lora_to_q8, result
     from ladder_report import show, write_record
@@ -48,11 +48,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         facts = {"dtype": kept.dtype, "kept": dataclasses.asdict(kept)}
         wanted = bound("transformers", "f16", False, adapter.qat)
         results.append(result("merged 16 bit", merged, trained, questions, wanted, **facts))
-        if not results[-1]["broken"]:  # then its drift is rounding, which all merged files have
+        # Its drift is rounding, which all merged files have; of --qat it is the grid, which its own file has.
+        if not results[-1]["broken"] and not adapter.qat:
             trained.merge_drift = results[-1]["log_odds_shift"]["rms"]
 
         for method in s.calibrated:
             results.append(measure_calibrated(method, aside, adapter, trained, questions))
+            write_record(record, adapter, questions, results)
 
         # 2. Each file and the base alone in its form, through llama-server
         forms = BaseForms(adapter, questions, aside)

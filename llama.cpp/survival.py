@@ -18,10 +18,9 @@ def rounding(form: np.ndarray, trained: np.ndarray, base: np.ndarray, merge_drif
     """How far a form's rounding alone moves log-odds, in natural logarithms, (rows,) each.
 
     `of_base`, the base's drift (rms), is not the adapter's fault: the rounded weights, the other program's
-    arithmetic, and what transformers rounds itself. It is what to expect of the trained model, too: Q8_0 of
-    adapters of 4 to 500 steps moved their log-odds 0.8 to 2.5 times as far as the base's, although the
-    strongest spread them seven times as wide. `merge_drift` is that of the trained model's 16-bit merge, of
-    which every merged file is made: `noise` is at least that. `effect` is what the adapter changes (rms).
+    arithmetic, and what transformers rounds itself. It is what to expect of the trained model, too, however
+    wide an adapter spreads the log-odds. `merge_drift` is that of the trained model's 16-bit merge, of which
+    every merged file is made: `noise` is at least that. `effect` is what the adapter changes (rms).
     """
     of_base = rms(form - base)
     return {"of_base": of_base, "noise": max(of_base, merge_drift), "effect": rms(trained - base)}

@@ -22,6 +22,7 @@ from qlora.files import SEAL, broken_files, read_json
 from qlora.hardware import detect
 from qlora.loading import Base, BaseInfo, load_base
 from qlora.prompts import PromptFormat
+from qlora.shapes import peek, stored_precision
 from qlora.sources import OF_FILES
 
 WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "qlora.json"
@@ -246,7 +247,8 @@ def load_trained(adapter: Adapter) -> tuple[torch.nn.Module, Base]:
     """(PEFT model, base) as the adapter was trained: on its own base, at its own precision, by its grid."""
     from peft import LoraConfig, PeftModel
 
-    precision = adapter.base.precision if adapter.base else "nf4"
+    known = adapter.base
+    precision = known.precision if known else stored_precision(peek(adapter.base_model))
     base = load_base(adapter.base_model, precision, detect(precision), adapter.revision)
     check_base(adapter, base.info)
     with fitting(adapter, base.info):

@@ -17,7 +17,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from config import EVAL_SAMPLES, MODELS_DIR
-from qlora.cli import UsageError, UserError, note, progress, require
+from qlora.cli import UsageError, UserError, note, progress
 from qlora.data import load_rows, split
 from qlora.files import broken_files, discard, read_json, seal, staged
 from qlora.loading import Base
@@ -149,7 +149,7 @@ def first_inputs(lm, rows: Tensor) -> list[tuple[Tensor, dict]]:
     try:
         for batch in rows.split(BATCH):
             try:
-                lm(input_ids=batch, use_cache=False)
+                lm(input_ids=batch.to(lm.device), use_cache=False)
             except Reached:
                 continue
     finally:
@@ -158,7 +158,12 @@ def first_inputs(lm, rows: Tensor) -> list[tuple[Tensor, dict]]:
 
 
 def layers_of(lm) -> torch.nn.ModuleList:
-    return getattr(lm, lm.base_model_prefix).layers
+    """The decoder layers; raises UserError for models that are built otherwise, or of layers of two kinds."""
+    kinds = set(getattr(lm.config, "layer_types", None) or ())
+    layers = getattr(getattr(lm, lm.base_model_prefix), "layers", None)
+    if layers is None or len(kinds) > 1:
+        raise UserError(f"a {type(lm).__name__} can't be calibrated: its layers are not all called alike")
+    return layers
 
 
 def fold(layer, found: dict[str, Tensor], group: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -246,7 +251,7 @@ def calibrated_folder(base: Base, rows: Tensor, method: str, group: int, home: P
     about |= {"rows": len(rows), "tokens_per_row": rows.shape[1]}
     about["ids_sha256"] = sha256(rows.numpy().tobytes()).hexdigest()
     key = sha256(json.dumps(about).encode()).hexdigest()[:8]
-    folder = (home or MODELS_DIR) / f"{Path(name).stem[:60]}-{method}-g{group}-{key}"
+    folder = (home or MODELS_DIR) / f"{Path(name.removesuffix('.gguf')).name[:60]}-{method}-g{group}-{key}"
     if broken_files(folder) == []:
         note(f"{method:10} taken from {folder} (made before)")
         return folder
@@ -267,8 +272,6 @@ def calibrated_folder(base: Base, rows: Tensor, method: str, group: int, home: P
 
 def calibration_ids(tokenizer, rows: int, length: int, held_out: int, seed: int) -> torch.Tensor:
     """Token ids (rows, length) of training reviews that have so many; no review that training holds out."""
-    require(rows >= 8, f"--calibration-rows {rows}: choose at least 8")
-    require(length >= 32, f"--calibration-length {length}: choose at least 32 tokens")
     found, held_out = load_rows("imdb"), max(held_out, EVAL_SAMPLES)
     reviews, _ = split(found, len(found.rows) - held_out, held_out, seed)
     chosen: list[list[int]] = []

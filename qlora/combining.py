@@ -97,6 +97,8 @@ def show_differences(adapters: list[Adapter]) -> None:
     others = [a.name for a in adapters if a.prompt != first.prompt]
     if others:
         note(f"note       {', '.join(others)}: trained with another prompt; {first.name}'s is kept")
+    if len({a.qat for a in adapters}) > 1:
+        note("note       trained through different grids (--qat): the combination is used without one")
     seeds: dict[str, set] = {}
     for adapter in adapters:
         seeds.setdefault(adapter.dataset.get("name"), set()).add(adapter.dataset.get("seed"))

@@ -127,8 +127,8 @@ def readable(name: str, folder: Path):
     """Turns what transformers raises on a damaged model folder into a UserError."""
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     except Exception as error:  # a config can make any line of transformers fail
         text = str(error)
         if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate" in text:
@@ -184,6 +184,9 @@ def refuse_broken_weights(name: str, model) -> None:
         for tensor in plain_tensors(parameter if state is None else state):
             if tensor.is_floating_point() and not all(end.isfinite() for end in tensor.aminmax()):
                 raise UserError(f"{name}: NaN or infinity in {key}; fetch it again")
+    for key, buffer in model.named_buffers():
+        if key.endswith(".scales") and not buffer.isfinite().all():  # of GPTQ and AWQ
+            raise UserError(f"{name}: NaN or infinity in {key}; fetch it again")
 
 
 def refuse_misread_rows(name: str, model) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from config import FEW_SHOT, MERGE_KEEPS
 from qlora.adapters import Adapter
-from qlora.cli import UsageError, UserError, note
+from qlora.cli import UsageError, UserError, note, require
 from qlora.files import free_bytes, seal, staged
 from qlora.loading import Base, load_base
 from qlora.logits import last_logits
@@ -45,7 +45,9 @@ def merge_into(
         raise UserError(f"--merge {out}: needs {wanted:.1f} GB on the disk, {free:.1f} GB are free")
     prompts = probe_prompts(adapter, base)
     reference = logits_of(model, prompts, base)
-    compare = compare and base.info.precision not in PACKED  # of those no original is at hand
+    if base.info.precision in PACKED:  # no original weights are at hand
+        require(which == "dequantized", f"--merge-base original: {base.info.name} has no original weights")
+        compare = False
     other = ["original" if which == "dequantized" else "dequantized"] if compare else []
     merged = None
     for kind in (*other, which):

@@ -143,6 +143,10 @@ class Stored(torch.nn.Module):
         else:
             codes, zeros = unpack(self.qweight, bits), unpack(self.qzeros.t(), bits).t()
             zeros = (zeros + packing.zero_offset) & (2**bits - 1)
+            if self.g_idx.min() < 0 or self.g_idx.max() >= len(self.scales):
+                raise UserError(
+                    f"g_idx names a group beyond the {len(self.scales)} there are; fetch it again"
+                )
             if not torch.equal(self.g_idx, in_turn(self.in_features, len(self.scales), self.g_idx)):
                 layer.group_of = self.g_idx
         layer.codes = (codes if bits == 8 else codes[:, ::2] | (codes[:, 1::2] << 4)).contiguous()

@@ -15,7 +15,7 @@ from peft.tuners.lora import Linear
 from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from qlora.cli import require
+from qlora.cli import UsageError, require
 from qlora.weights import dequantized
 
 BLOCK = 32  # neighbours that share a scale
@@ -178,6 +178,10 @@ def use_grid(model, adapter: str, kind: str | None) -> None:
             width = f"{name} is {layer.in_features} wide, not a multiple of {BLOCK}"
             require(kind == "fp8" or layer.in_features % BLOCK == 0, f"--qat {kind}: {width}; use fp8")
             layer.grids[adapter] = kind
+    others = [name for name, m in model.named_modules() if adapter in getattr(m, "lora_A", ())]
+    others = [name for name in others if not isinstance(model.get_submodule(name), GridLinear)]
+    if kind is not None and others:
+        raise UsageError(f"--qat {kind}: {others[0]} was made without it; load this adapter first")
 
 
 def grid_layers(model) -> list[tuple[str, GridLinear]]:

@@ -51,10 +51,12 @@ def check_variant(name: str, precision: str) -> None:
     if variant.weights == "16-bit" and not plain:
         why = f"{name} starts from 16-bit weights, and what it saves would not fit the {precision} base"
         raise UsageError(f"--lora-variant {name}: {why}; add --precision bf16")
-    if variant.weights == "quantized" and not isinstance(held, dict):
-        lost = "weights are not quantized" if plain else "files do not hold what it lost"
-        why = f"{name} makes up for quantization, and {precision} {lost}"
+    if variant.weights == "quantized" and plain:
+        why = f"{name} makes up for quantization, and {precision} weights are not quantized"
         raise UsageError(f"--lora-variant {name}: {why}; add --precision nf4")
+    if variant.weights == "quantized" and held is None:
+        why = f"{name} makes up for what quantization lost, and {precision} files do not hold that"
+        raise UsageError(f"--lora-variant {name}: {why}; choose another variant, or a model in 16 bits")
     if processes.is_sharded() and (variant.start in ("split", "original") or variant.reads_rows):
         raise UsageError(f"--lora-variant {name} does not start on a sharded base; choose lora or rslora")
 

@@ -25,9 +25,11 @@ INT4_GROUP = 64
 
 
 def default_precisions(hardware: Hardware) -> tuple[str, ...]:
-    """All on a GPU. On a CPU those that run in reasonable time, torchao's only where it is installed."""
+    """On a GPU all but those that are written to models/. On a CPU those that run in reasonable time,
+    torchao's only where it is installed.
+    """
     if hardware.device != "cpu":
-        return COMPARABLE
+        return tuple(name for name in COMPARABLE if name not in PACKED)
     torchao = importlib.util.find_spec("torchao") is not None
     slow = (*SLOW_ON_CPU, *NAMED_ONLY)
     fast = [name for name in COMPARABLE if name not in slow and not emulated(name, hardware)]

@@ -149,11 +149,17 @@ class RoundedLinear(torch.nn.Linear):
         else:
             codes, largest = encode_int8(rows)
         if self.scheme.kind == "int8":  # whole numbers are multiplied, and summed in 32 bits
-            y = torch._int_mm(codes, self.held_codes.t()) * (largest / 127) * self.held_scales.t()
+            y = int8_product(codes, self.held_codes) * (largest / 127) * self.held_scales.t()
         else:  # four bits by eight, which no processor multiplies: the values that they stand for
             y = (codes * (largest / 127)) @ self.weight.float().t()
         y = y.to(x.dtype).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T of int8 (rows, n) and (out, n), summed in int32. CUDA's product wants more than 16 rows."""
+    padded = F.pad(a, (0, 0, 0, max(0, 32 - len(a)))) if a.is_cuda else a
+    return torch._int_mm(padded, b.t())[: len(a)]
 
 
 def round_layers(model, scheme: Scheme, calibration: Sequence[Sequence[int]] = ()) -> None:

@@ -198,6 +198,10 @@ def loading_snippet(base: dict) -> str:
         given = [f"{key}={value!r}" for key, value in quantization.items()]
         given += [f"bnb_4bit_compute_dtype=torch.{base['dtype']}"] if "load_in_4bit" in quantization else []
         options.append(f"quantization_config=BitsAndBytesConfig({', '.join(given)})")
+    elif quantization is None:
+        remark = (
+            f"# Quantized by {base['precision'].upper()}: transformers needs the package gptqmodel for it.\n"
+        )
     if revision and ":" not in revision:  # a commit
         options.append(f'revision="{revision}"')
     if from_gguf:

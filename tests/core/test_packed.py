@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import SMALL_RUN, here
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qlora import calibrated
 from qlora.cli import UserError
@@ -153,6 +153,37 @@ def test_a_script_trains_uses_and_merges(folders, tmp_path):
     written = load_file(merged / "model.safetensors")
     assert all("qweight" not in key for key in written)
     assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "tensor, value, said",
+    [
+        ("scales", float("inf"), "NaN or infinity in .*scales"),
+        ("g_idx", 7, "g_idx names a group beyond the 2"),
+    ],
+)
+def test_a_damaged_tensor_is_refused(folders, tmp_path, tensor, value, said):
+    folder = tmp_path / "damaged"
+    shutil.copytree(folders["gptq"], folder, ignore=shutil.ignore_patterns("complete.json"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"model.layers.0.mlp.up_proj.{tensor}"].view(-1)[0] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=said):
+        load_base(str(folder), "gptq", FP32)
+
+
+def test_an_adapter_goes_through_a_grid_on_a_packed_base(folders, tmp_path):
+    base, out = folders["gptq"], tmp_path / "run"
+    done = here("qlora_finetune.py", "--model", base, "--qat", "Q4_0", "--output-dir", out, *SMALL_RUN)
+    assert done.returncode == 0, done.stderr
+    asked = here(
+        "qlora_inference.py", "--adapter", out, "--merge", tmp_path / "m", "--merge-base", "original"
+    )
+    assert asked.returncode == 2 and "has no original weights" in asked.stderr
+    refused = here(
+        "qlora_finetune.py", "--model", base, "--lora-variant", "loftq", "--output-dir", tmp_path / "l"
+    )
+    assert refused.returncode == 2 and "gptq files do not hold that" in refused.stderr
 
 
 def test_what_does_not_fit_is_said_in_a_line(folders, tiny_folder, tmp_path):

@@ -145,3 +145,13 @@ def test_low_bits_are_held_to_less():
     file.base = BASE + 3 * ROUNDS * NOISE[1]
     assert verdict(trained, file, LOOSE) == ""
     assert "of what training changed is left, bound 90%" in verdict(trained, file, STRICT)
+
+
+def test_with_a_grid_only_its_own_file_is_what_was_trained():
+    own, others = bound("merged", "Q4_0", False, "Q4_0"), ("f16", "Q8_0", "Q5_K_M")
+    assert own == STRICT
+    for kind, name in [*(("merged", other) for other in others), ("lora", ""), ("transformers", "f16")]:
+        assert not bound(kind, name, True, "Q4_0").strict
+    trained = trained_by("strong")
+    assert "acts like 0.5 times" in verdict(trained, in_8_bits(trained, strength=0.5), own)
+    assert verdict(trained, in_8_bits(trained), own) == ""

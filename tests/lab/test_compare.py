@@ -163,7 +163,8 @@ def test_a_row_that_fails_late_does_not_serve_as_reference(tiny_folder, monkeypa
 
 
 def test_gpu_compares_all_and_cpu_leaves_out_what_it_emulates():
-    assert default_precisions(Hardware("cuda", "a GPU", torch.bfloat16, "", 24.0)) == COMPARABLE
+    on_gpu = default_precisions(Hardware("cuda", "a GPU", torch.bfloat16, "", 24.0))
+    assert on_gpu == tuple(name for name in COMPARABLE if name not in ("gptq", "awq"))  # these write folders
     old = dataclasses.replace(detect(), device="cpu", dtype=torch.float32)
     assert "fp32" in default_precisions(old) and "bf16" not in default_precisions(old)
 

@@ -65,7 +65,8 @@ def test_the_settings_that_were_given_are_not_changed():
     lab.import_libraries()
     asked = DemoSettings()
     chosen, _ = lab.choose_model(asked)
-    assert asked == DemoSettings() and chosen == dataclasses.replace(asked, model=chosen.model) != asked
+    assert asked == DemoSettings() and chosen.precision == "nf4"
+    assert chosen == dataclasses.replace(asked, model=chosen.model, precision="nf4") != asked
 
 
 def test_parts_of_earlier_runs_stay_in_quantization_json(tmp_path, tiny_folder):

@@ -13,7 +13,8 @@ from peft import get_peft_model
 from config import PRECISIONS, TrainSettings
 from qlora import qat
 from qlora.batches import most_labels
-from qlora.cli import UsageError
+from qlora.calibrated import calibrated_folder
+from qlora.cli import UsageError, UserError
 from qlora.fast import make_fast
 from qlora.hardware import Hardware, detect
 from qlora.live_bytes import LiveBytes
@@ -50,12 +51,23 @@ from qlora.weights import held_bytes
 SMALL_MACHINE = Hardware("cpu", "a small machine", torch.bfloat16, "test", memory_gib=2.0)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", [name for name, options in PRECISIONS.items() if options])
 def test_weights_are_predicted_to_half_a_percent_at_every_precision(tiny_folder, precision):
     hardware = detect(precision)
     loaded = held_bytes(load_base(str(tiny_folder), precision, hardware).model.modules())
     job = Job(precision=precision, dtype=hardware.dtype)
     assert weights_bytes(model_config(str(tiny_folder))[0], job) == pytest.approx(loaded, rel=0.005)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_weights_of_packed_models_are_predicted(tiny_folder, tmp_path, method):
+    machine, ids = detect("fp32"), torch.arange(100, 356).view(8, 32)
+    folder = calibrated_folder(load_base(str(tiny_folder), "fp32", machine), ids, method, 32, tmp_path)
+    loaded = held_bytes(load_base(str(folder), method, machine).model.modules())
+    job = Job(precision=method, dtype=machine.dtype)
+    assert weights_bytes(model_config(str(folder))[0], job) == pytest.approx(loaded, rel=0.005)
+    with pytest.raises(UserError, match="no plan of it"):
+        weights_bytes(model_config(str(tiny_folder))[0], job)
 
 
 def real_step(folder, job: Job) -> dict:
