@@ -39,7 +39,7 @@ class Packing:
 
 def packing_of(found: dict | None, where) -> Packing | None:
     """From a config's quantization_config; None if it names neither. UserError for what is not read."""
-    method = str((found or {}).get("quant_method"))
+    method = found.get("quant_method") if isinstance(found, dict) else None
     if method not in METHODS:
         return None
     bits, group, head = found.get("bits"), found.get("group_size", -1), found.get("lm_head")

@@ -54,8 +54,9 @@ def widths(config) -> tuple[int, int]:
 
 def stored_precision(config) -> str:
     """gptq or awq where that is how a model's files hold it, else nf4: what --precision auto stands for."""
-    found = getattr(config, "quantization_config", None) or {}
-    return found["quant_method"] if found.get("quant_method") in PACKED else "nf4"
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    return method if method in PACKED else "nf4"
 
 
 def skeleton(config, dtype: torch.dtype = torch.bfloat16):
