@@ -72,6 +72,11 @@ def test_the_saved_folder_gives_the_trained_logits_in_plain_peft(run, tiny_folde
     assert len(config["target_modules"]) == 7 and not config["rank_pattern"] and not config["eva_config"]
 
 
+# Those that begin by something of this repository; resuming and merging plain LoRA has tests of its own.
+begin_elsewhere = pytest.mark.parametrize("run", ["pissa", "loftq", "eva"], indirect=True)
+
+
+@begin_elsewhere
 def test_a_resumed_run_ends_with_the_same_bytes(run, tmp_path):
     variant, out, _ = run
     again = shutil.copytree(out, tmp_path / "run")
@@ -85,6 +90,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(run, tmp_path):
     assert evaluation[0] == evaluation[1]
 
 
+@begin_elsewhere
 def test_it_answers_and_is_merged(run, tmp_path):
     variant, out, trained = run
     said = here("qlora_inference.py", "--adapter", out, "--max-new-tokens", "2", "A fine film.")
@@ -237,6 +243,7 @@ def test_the_lab_shows_only_variants_that_begin_as_lora():
     )
 
 
+@pytest.mark.parametrize("run", ["pissa", "eva"], indirect=True)
 def test_an_adapter_that_is_not_converted_is_refused(run, tmp_path):
     variant, out, _ = run
     checkpoint = out / "checkpoint-4"
