@@ -63,7 +63,7 @@ def pack(codes: Tensor, bits: int, order=None) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, order=None) -> Tensor:
     """What pack() packed: (n * bits / 32, columns) int32 -> (columns, n) uint8."""
-    codes = nibbles(
+    codes = from_bytes(
         packed.t().contiguous().view(torch.uint8), bits
     )  # little-endian, as all that torch runs on
     if order is None:
@@ -72,9 +72,14 @@ def unpack(packed: Tensor, bits: int, order=None) -> Tensor:
     return codes.unflatten(1, (-1, len(order)))[..., back].flatten(1)
 
 
-def nibbles(codes: Tensor, bits: int) -> Tensor:
-    """Bytes (…, n) -> codes (…, n * 8 / bits), each in a byte of its own; a byte's lower half comes first."""
-    return codes if bits == 8 else torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+def to_bytes(codes: Tensor, bits: int = 4) -> Tensor:
+    """Codes (…, n), uint8 -> bytes (…, n * bits / 8); of two codes in a byte the first is the lower half."""
+    return codes if bits == 8 else codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
+def from_bytes(held: Tensor, bits: int = 4) -> Tensor:
+    """What to_bytes() packed, each code in a byte of its own again."""
+    return held if bits == 8 else torch.stack((held & 15, held >> 4), -1).flatten(-2)
 
 
 class PackedLinear(torch.nn.Linear):
@@ -93,7 +98,7 @@ class PackedLinear(torch.nn.Linear):
 
     @property
     def weight(self) -> Tensor:
-        codes, zeros, scales = nibbles(self.codes, self.bits), self.zeros.float(), self.scales.float()
+        codes, zeros, scales = from_bytes(self.codes, self.bits), self.zeros.float(), self.scales.float()
         if self.group_of is not None:
             return ((codes - zeros[:, self.group_of]) * scales[:, self.group_of]).to(self.dtype)
         values = codes.unflatten(1, (scales.shape[1], -1)).float()
@@ -149,7 +154,7 @@ class Stored(torch.nn.Module):
                 )
             if not torch.equal(self.g_idx, in_turn(self.in_features, len(self.scales), self.g_idx)):
                 layer.group_of = self.g_idx
-        layer.codes = (codes if bits == 8 else codes[:, ::2] | (codes[:, 1::2] << 4)).contiguous()
+        layer.codes = to_bytes(codes, bits).contiguous()
         layer.zeros, layer.scales = zeros.contiguous(), self.scales.t().contiguous()
         return layer
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from qlora.lab import formats
-from qlora.lab.rounded import SCHEMES, decode, encode, unpack
+from qlora.lab.rounded import SCHEMES, decode, encode
 from qlora.measures import relative_error
+from qlora.packed import from_bytes
 from qlora.tables import table
 
 KINDS = ("mxfp4", "nvfp4")
@@ -26,7 +27,7 @@ def show_microscaling(weight: Tensor, rows: Tensor, gaussian: Tensor, name: str)
     found, errors = {}, []
     for kind in KINDS:
         scheme, held = SCHEMES[kind], encode(weight, SCHEMES[kind])
-        codes, scale = unpack(held["codes"])[0], held["scales"].flatten()[0]
+        codes, scale = from_bytes(held["codes"])[0], held["scales"].flatten()[0]
         if kind == "mxfp4":
             bits, value, spelled = 8, 2.0 ** (int(scale) - 127), f"{int(scale):08b}"
             means = f"2^{int(scale) - 127}"

@@ -14,12 +14,13 @@ from torch import Tensor
 from qlora.cli import UserError
 from qlora.lab.formats import encode_int8, look_up
 from qlora.logits import hidden_states
+from qlora.packed import from_bytes, to_bytes
+from qlora.qat import LARGEST_E4M3
 from qlora.weights import linear_layers
 
 # E2M1's numbers in the order of their codes: sign, two bits of exponent, one of mantissa.
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 E2M1_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-LARGEST_E4M3 = 448.0
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,6 @@ SCHEMES = {
     "int8-static": Scheme("int8", activations="static"),
     "w4a8": Scheme("int4-sym", 32, activations="dynamic"),
 }
-
-
-def pack(codes: Tensor) -> Tensor:
-    """Codes of 4 bits (…, 2n), uint8 -> two in a byte (…, n); the first is the lower half."""
-    return codes[..., ::2] | (codes[..., 1::2] << 4)
-
-
-def unpack(packed: Tensor) -> Tensor:
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
 def encode_e2m1(scaled: Tensor) -> Tensor:
@@ -83,7 +75,7 @@ def encode(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
         zeros = (-low / divisor(scales)).round().clamp(0, 15)
         codes = ((blocks / divisor(scales)).round() + zeros).clamp(0, 15)
         zeros = F.pad(zeros.flatten().to(torch.uint8), (0, zeros.numel() % 2))
-        held = {"scales": scales, "zeros": pack(zeros)}
+        held = {"scales": scales, "zeros": to_bytes(zeros)}
     elif (
         scheme.kind == "mxfp4"
     ):  # a power of two for 32 numbers; the largest lies between 4 and 8 and is cut to 6
@@ -95,7 +87,7 @@ def encode(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
         scales = (largest / 6 / whole).to(torch.float8_e4m3fn)
         codes = encode_e2m1(blocks / divisor(scales.float() * whole))
         held = {"scales": scales, "whole": whole}
-    return {"codes": pack(codes.to(torch.uint8).flatten(1)), **held}
+    return {"codes": to_bytes(codes.to(torch.uint8).flatten(1)), **held}
 
 
 def divisor(scales: Tensor) -> Tensor:
@@ -108,12 +100,12 @@ def decode(held: dict[str, Tensor], scheme: Scheme) -> Tensor:
     """The weight (out, in) in fp32 that encode()'s result stands for."""
     if scheme.kind == "int8":
         return held["codes"] * held["scales"]
-    codes, scales = unpack(held["codes"]), held["scales"]
+    codes, scales = from_bytes(held["codes"]), held["scales"]
     codes = codes.view(len(codes), -1, scheme.group)
     if scheme.kind == "int4-sym":
         values = (codes.float() - 8) * scales.float()
     elif scheme.kind == "int4":
-        zeros = unpack(held["zeros"])[: scales.numel()].view(scales.shape)
+        zeros = from_bytes(held["zeros"])[: scales.numel()].view(scales.shape)
         values = (codes.float() - zeros.float()) * scales.float()
     elif scheme.kind == "mxfp4":
         values = decode_e2m1(codes) * 2.0 ** (scales.float() - 127)

@@ -15,11 +15,10 @@ from qlora.lab.rounded import (
     decode_e2m1,
     encode,
     encode_e2m1,
-    pack,
     round_layers,
-    unpack,
 )
 from qlora.measures import relative_error
+from qlora.packed import from_bytes, to_bytes
 from qlora.weights import dequantized, held_bytes, linear_layers
 
 FP32 = detect("fp32")
@@ -35,7 +34,7 @@ def weight(rows=48, columns=128) -> torch.Tensor:
 
 def test_packing_keeps_every_code():
     codes = torch.arange(16, dtype=torch.uint8).repeat(3, 2)
-    assert pack(codes).nbytes == codes.nbytes // 2 and torch.equal(unpack(pack(codes)), codes)
+    assert to_bytes(codes).nbytes == codes.nbytes // 2 and torch.equal(from_bytes(to_bytes(codes)), codes)
 
 
 def test_e2m1_takes_the_nearest_number_and_the_even_code_of_two():
