@@ -61,9 +61,9 @@ MEASURES = ("accuracy", "held_out_loss", "agreement", "survival")
 
 def read_flags() -> argparse.Namespace:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--samples", type=int, default=320, help="training rows, four a step")
+    flags.add_argument("--samples", type=int, default=240, help="training rows, four a step")
     flags.add_argument("--max-length", type=int, default=128, help="tokens of a row")
-    flags.add_argument("--rows", type=int, default=300, help="held-out rows")
+    flags.add_argument("--rows", type=int, default=200, help="held-out rows")
     flags.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     flags.add_argument("--steps", type=int, default=12, help="steps of each kind that are timed")
     return flags.parse_args()

@@ -131,7 +131,7 @@ class Planter:
             case "another adapter":
                 return self.quantized(self.merge("other", self.other))
             case "not applied":
-                return self.quantized(self.merge("base", self.scaled(0)))
+                return self.quantized(self.merge("zero", self.scaled(0)))
             case "rsLoRA scaled by alpha/r":
                 return self.quantized(self.merge("quarter", self.scaled(self.adapter.config["r"] ** -0.5)))
         return self.quantized(self.merge("scaled", self.scaled(STRENGTHS[what])))
@@ -145,7 +145,7 @@ def judge(s: Settings, adapter: Adapter, other: Adapter, known: list[dict]):
     _, questions = read_questions(ParitySettings(adapter.folder, eval_samples=s.rows))
     questions = replace(questions, free=questions.free[:1], free_tokens=2)  # not what is judged here
     with scratch(s.output_dir) as aside:
-        trained, merged, _ = ask_trained(adapter, questions, "trained", aside / "base")
+        trained, merged, _ = ask_trained(adapter, questions, "trained", aside)
         row = result("merged", merged, trained, questions, bound("transformers", "f16", False))
         trained.merge_drift = row["log_odds_shift"]["rms"]
         if not known:
@@ -189,8 +189,20 @@ def main(argv=None) -> None:
             record["adapters"].append(entry)
         for found in judge(s, adapter, other, entry["verdicts"]):
             entry["verdicts"].append(found)
+            record["summary"] = [summary(each) for each in record["adapters"]]
             write_json(OUT, record | {"environment": environment(detect())})
     show(record["adapters"])
+
+
+def summary(adapter: dict) -> dict:
+    """What the docs' table shows: how strong an adapter is, and how many verdicts were right."""
+    healthy = [v for v in adapter["verdicts"] if not v["expected"]]
+    faulty = [v for v in adapter["verdicts"] if v["expected"]]
+    row = {"name": adapter["name"], "rows": adapter["rows"]}
+    for kind, verdicts in (("healthy", healthy), ("faulty", faulty)):
+        row[kind] = f"{sum(v['right'] for v in verdicts)} of {len(verdicts)}"
+    q8 = next((v for v in healthy if v["file"] == "Q8_0" and v["rounding"]), None)
+    return row | ({key: q8["rounding"][key] for key in ("effect", "noise")} if q8 else {})
 
 
 def show(adapters: list[dict]) -> None:
