@@ -3,6 +3,7 @@
     python llama.cpp/parity.py                              # exports what gguf-out/ lacks, then measures it
     python llama.cpp/parity.py --gguf my-Q4_K_M.gguf        # only this file
     python llama.cpp/parity.py --gguf base.gguf+lora.gguf   # only this pair
+    python llama.cpp/parity.py --endpoint http://127.0.0.1:8000/v1    # a server that runs already
 
 GGUF files are asked through llama-server, as a client would. Writes parity.json, parity.md and parity.png;
 exits with 1 and the likely cause if a file breaks its bound.
@@ -16,12 +17,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config  # noqa: F401  (first: it says in one line if packages are missing)
-from qlora.cli import parse, run
+from qlora.cli import parse, require, run
 from settings import LESS_MEMORY, ParitySettings
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     s = parse(ParitySettings, argv, __doc__)
+    files = bool(s.gguf or s.calibrated or s.imatrix)
+    require(not (s.endpoint and files), "--endpoint asks a server: leave --gguf, --calibrated, --imatrix out")
+    require(bool(s.endpoint) or s.served_model is None, "--served-model needs --endpoint")
     # These import torch, so they wait until the flags are checked.
     from base_forms import BaseForms
     from calibrated_forms import measure_calibrated
@@ -32,6 +36,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     from reference import ask_trained, read_questions
     from variants import exported, fault, given, measure
 
+    if s.endpoint:
+        from doctor import examine
+
+        lock_folder(s.output_dir).release()
+        examine(s)
+        return
     s = dataclasses.replace(s, types=tuple(map(canonical, s.types)))
     variants = [given(spec) for spec in s.gguf]
     adapter, questions = read_questions(s)

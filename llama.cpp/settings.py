@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Optional
 
 from config import EVAL_SAMPLES
 
@@ -55,6 +55,7 @@ FREE_PROMPTS = (
     "What should I cook with rice, eggs and peas?",
     "Tell me a short story about a lighthouse keeper.",
 )
+DOCTOR_ROWS = 32  # held-out rows that a server is asked over HTTP, at most
 FREE_TOKENS = 48  # tokens that each free prompt is continued by; decoding is timed on them
 
 
@@ -94,7 +95,11 @@ class ParitySettings:
     calibrated: tuple[Literal["gptq", "awq"], ...] = ()
     # Only these files, wherever they come from: FILE.gguf, or BASE.gguf+LORA.gguf.
     gguf: tuple[str, ...] = ()
-    # Held-out rows, the same as in the training run.
+    # Instead of files: a server that speaks OpenAI's API, up to /v1 (a key comes from OPENAI_API_KEY).
+    endpoint: Optional[str] = None
+    # --endpoint: the model's name there. Default: the adapter's name, or the only one.
+    served_model: Optional[str] = None
+    # Held-out rows, the same as in the training run; a server is asked 32 of them at most.
     eval_samples: int = EVAL_SAMPLES
-    # Where the .gguf files, parity.json, parity.md and parity.png go.
+    # Where the .gguf files, parity.json, parity.md and parity.png go; doctor.json and doctor.md of a server.
     output_dir: Path = Path("gguf-out")

@@ -1,0 +1,390 @@
+"""Does a server answer as the adapter that was trained? Asked over HTTP, as a client would ask it.
+
+The trained model answers the same questions in transformers, its adapter at several strengths, over the
+base as it was held in training and over the original 16-bit base. What the server says lies near one of them,
+or near none of them, and that tells what is wrong.
+"""
+
+import dataclasses
+import gc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ladder import mean_kl, prompt_cause, same_text
+from openai_api import Endpoint, Reply
+from qlora import prompts as p
+from qlora.adapters import Adapter, load_trained, read_adapter
+from qlora.cli import UsageError, UserError, note, progress
+from qlora.control_tokens import has_control_tokens
+from qlora.data import load_rows, split
+from qlora.files import write_json, write_text
+from qlora.hardware import detect, precision_of, return_freed_memory
+from qlora.loading import SIXTEEN_OR_MORE, load_tokenizer
+from qlora.measures import percent
+from qlora.tables import markdown_table, table
+from reference import continue_freely, scaled_by, scorer
+from settings import DOCTOR_ROWS, FREE_PROMPTS, ParitySettings
+from survival import rms
+
+FREE_TOKENS = 24  # of each free answer
+WATCHED = 8  # likeliest tokens that are compared where there are no labels
+# Of an adapter's effect: how far answers may be from what explains them, before rounding is known.
+EXPLAINED = 0.25
+SAME_MODEL = 0.1  # nearer than this, two answers of one server are one model's
+WEAKEST = 0.1  # effect on log-probabilities, rms, under which rounding hides it
+BASE_KL, KL_TIMES = 0.2, 4  # nats: how far a base may be from ours, and in times of what 16 bits change
+
+AS_TRAINED = "as trained"
+
+
+@dataclass
+class Asked:
+    """The questions of one adapter."""
+
+    tokenizer: object
+    talks: list[list[dict]]  # messages of each question; the free ones come last
+    free: int  # how many of them are free prompts, whose answers are continued
+    answers: tuple[str, ...] = ()
+    answer_ids: tuple[int, ...] = ()  # the first token of each; () without labels
+    ids: list[list[int]] = field(default_factory=list)  # each prompt's tokens, as training wrote them
+
+    @property
+    def scored(self) -> int:
+        """Questions whose next token is compared: those with labels, or all."""
+        return len(self.talks) - self.free if self.answer_ids else len(self.talks)
+
+
+@dataclass
+class Reference:
+    """What transformers says: next-token log-probabilities (questions, vocabulary) by form and strength."""
+
+    said: dict[tuple[str, float], np.ndarray]
+    texts: dict[str, list[str]]  # of the free prompts, by form
+
+
+@dataclass
+class Verdict:
+    fault: str | None  # in words; None: healthy
+    figures: dict
+
+
+def read_asked(s: ParitySettings) -> tuple[Adapter, Asked]:
+    """The adapter and what is asked: its held-out rows where it answers with labels, and free prompts."""
+    adapter, name = read_adapter(s.adapter), f"--adapter {s.adapter}"
+    prompt = adapter.prompt
+    if prompt and prompt.objective == "lm":
+        raise UsageError(f"{name} continues plain text; a server of chats can't be compared with it")
+    folder = adapter.folder if (adapter.folder / "tokenizer_config.json").exists() else adapter.base_model
+    tokenizer = load_tokenizer(tokenizer_folder(folder))
+    if tokenizer.chat_template is None:
+        raise UserError(f"{name}: its tokenizer has no chat template, so a server can't be asked the same")
+    free = [[{"role": "user", "content": text}] for text in FREE_PROMPTS]
+    if not (prompt and prompt.asks):
+        return adapter, finished(Asked(tokenizer, free, len(free)))
+    firsts = tuple(p.answer_ids(tokenizer, prompt, label)[0] for label in range(len(prompt.answers)))
+    if len(set(firsts)) < len(firsts):
+        raise UsageError(f"{name}: answers that begin with the same token can't be told apart by a server's")
+    rows = held_out(adapter, min(s.eval_samples, DOCTOR_ROWS), name)
+    talks = [p.arranged(tokenizer, p.fitted_messages(tokenizer, prompt, row.text)) for row in rows]
+    kept = [talk for talk in talks if not has_control_tokens(tokenizer, talk)]
+    if len(kept) < len(talks):
+        note(f"note       {len(talks) - len(kept)} rows hold control tokens, which servers obey: not asked")
+    return adapter, finished(Asked(tokenizer, kept + free, len(free), prompt.answers, firsts))
+
+
+def tokenizer_folder(name) -> Path:
+    from qlora.sources import locate
+
+    return name if isinstance(name, Path) else locate(name)[0]
+
+
+def held_out(adapter: Adapter, count: int, name: str) -> list:
+    data = adapter.dataset
+    if "name" not in data:
+        raise UsageError(f"{name}: it does not say which rows were held out")
+    count = min(count, data.get("eval_samples", count))
+    return split(load_rows(data["name"]), 1, count, data["seed"])[1]
+
+
+def finished(asked: Asked) -> Asked:
+    asked.ids = [p.render(asked.tokenizer, talk, True) for talk in asked.talks]
+    return asked
+
+
+def ask_transformers(adapter: Adapter, asked: Asked) -> Reference:
+    """Both forms of the base, one after the other."""
+    reference = Reference({}, {})
+    trained = adapter.base.precision if adapter.base else "bf16"
+    forms = {AS_TRAINED: adapter}
+    if adapter.base and trained not in SIXTEEN_OR_MORE and not adapter.base.name.lower().endswith(".gguf"):
+        plain = precision_of(detect(trained).dtype)
+        original = dataclasses.replace(adapter.base, precision=plain)
+        forms[f"over the original base in {plain}"] = dataclasses.replace(adapter, base=original)
+    for form, loaded in forms.items():
+        model, base = load_trained(loaded)
+        next_logprobs = scorer(model, base)
+        for strength in strengths(adapter):
+            title = f"{form}, adapter x {strength:.3g}"
+            with scaled_by(model, strength), progress(asked.scored, title) as step:
+                said = next_logprobs(asked.ids[: asked.scored], step)
+            reference.said[form, strength] = np.asarray(said, dtype=np.float32)
+        free = asked.ids[len(asked.ids) - asked.free :]
+        reference.texts[form] = continue_freely(model, base, free, FREE_TOKENS)[0]
+        del model, base, next_logprobs
+        gc.collect()
+        return_freed_memory()
+    return reference
+
+
+def strengths(adapter: Adapter) -> tuple[float, ...]:
+    """1 first; rsLoRA's alpha/sqrt(r) read as alpha/r, and the other way round, come last."""
+    wrong = math.sqrt(adapter.config.get("r", 8))
+    return tuple(dict.fromkeys((1.0, 0.0, 0.5, 2.0, 1 / wrong, wrong)))
+
+
+# --- the server ---
+
+
+@dataclass
+class Served:
+    replies: list[Reply]  # to the scored questions
+    prompts: list[list[int] | None]  # tokens that the server makes of every question
+    base: list[Reply] | None  # the scored questions, by the server's base alone
+    texts: list[str]  # of the free prompts
+
+
+def ask_endpoint(there: Endpoint, asked: Asked) -> Served:
+    scored, free = asked.talks[: asked.scored], asked.talks[len(asked.talks) - asked.free :]
+    rows = len(scored) * (1 + bool(there.base_fields)) + len(free)
+    served = Served([], [], [] if there.base_fields else None, [])
+    with progress(rows, f"{there.kind} server") as step:
+        for talk in scored:
+            served.prompts.append(there.prompt_ids(talk))
+            served.replies.append(there.ask(talk, 4 if asked.answer_ids else 1))
+            step(1)
+        for talk in free:
+            served.texts.append(there.ask(talk, FREE_TOKENS).text)
+            step(1)
+        for talk in scored if there.base_fields else ():
+            served.base.append(there.ask(talk, 1, base=True))
+            step(1)
+    return served
+
+
+# --- the verdict ---
+
+
+def seen(logprobs: np.ndarray, ids: Sequence[int], length: int) -> np.ndarray:
+    """Log-probabilities of `ids` less their mean, as a list of the `length` likeliest tokens shows them.
+
+    What is not listed counts as the least that is: log [.6, .3, .1] of ids 0 and 2, length 2 -> log .6 and .3
+    """
+    least = np.partition(logprobs, -length)[-length]
+    values = np.maximum(logprobs[list(ids)], least)
+    return values - values.mean()
+
+
+def listed(top: tuple, ids: Sequence[int]) -> np.ndarray:
+    """The same of a server's list."""
+    found, least = dict(zip(*top)), top[1].min()
+    values = np.array([max(found.get(i, least), least) for i in ids])
+    return values - values.mean()
+
+
+def judge(asked: Asked, reference: Reference, served: Served) -> Verdict:
+    """What the server's answers say, the surest signs first."""
+    figures: dict = {"questions": asked.scored}
+    if fault := judge_prompts(asked, served, figures):
+        return Verdict(fault, figures)
+    compare_texts(asked, reference, served, figures)
+    rows = [i for i, reply in enumerate(served.replies) if reply.top]
+    if len(rows) < asked.scored / 2:
+        figures["listed"] = len(rows)
+        return Verdict(judge_texts(asked, figures), figures)
+    return Verdict(judge_weights(asked, reference, served, rows, figures), figures)
+
+
+def judge_prompts(asked: Asked, served: Served, figures: dict) -> str | None:
+    told = [(theirs, ours) for theirs, ours in zip(served.prompts, asked.ids) if theirs is not None]
+    counted = [(r.prompt_tokens, len(ids)) for r, ids in zip(served.replies, asked.ids) if r.prompt_tokens]
+    differ = sum(theirs != ours for theirs, ours in told or counted)
+    figures["prompts"] = {"told": len(told), "counted": len(counted), "differ": differ}
+    for theirs, ours in told:
+        if theirs != ours:
+            return prompt_cause(theirs, ours, asked.tokenizer.decode)
+    more = [theirs - ours for theirs, ours in counted]
+    if not any(more):
+        return None
+    if all(n == 1 for n in more):
+        return "BOS is doubled or added: the server reads one token more of every prompt than training did"
+    cut = max(theirs for theirs, _ in counted)
+    if all(theirs == min(ours, cut) for theirs, ours in counted):
+        return f"the server cuts prompts at {cut} tokens (its context is too short)"
+    several = sorted(set(more))
+    words = ", ".join(f"{n:+d}" for n in several[:5])
+    return f"another chat template: the server's prompts have other lengths than in training ({words} tokens)"
+
+
+def label_of(asked: Asked, text: str) -> int:
+    """The answer that a text begins with; -1: none."""
+    begins = [text.strip().lower().startswith(answer.lower()) for answer in asked.answers]
+    return begins.index(True) if True in begins else -1
+
+
+def compare_texts(asked: Asked, reference: Reference, served: Served, figures: dict) -> None:
+    """Labels by what was written, and free answers beside each form's."""
+    if asked.answer_ids:
+        said = np.array([label_of(asked, reply.text) for reply in served.replies])
+        ids = list(asked.answer_ids)
+        for name, strength in (("trained", 1.0), ("base", 0.0)):
+            best = [
+                logprobs[:, ids].argmax(1) for (_, s), logprobs in reference.said.items() if s == strength
+            ]
+            figures[f"labels_as_{name}"] = max(float((said == labels).mean()) for labels in best)
+        figures["no_label"] = int((said < 0).sum())
+    same = {
+        form: float(np.mean([same_text(ours, theirs) for ours, theirs in zip(texts, served.texts)]))
+        for form, texts in reference.texts.items()
+    }
+    figures["free_text"] = same
+
+
+def judge_texts(asked: Asked, figures: dict) -> str | None:
+    """Without log-probabilities only what was written can be judged."""
+    if not asked.answer_ids:
+        near = max(figures["free_text"].values())
+        return (
+            None if near > 0.5 else "its free answers are others; without log-probabilities no more is seen"
+        )
+    trained, base = figures["labels_as_trained"], figures["labels_as_base"]
+    if trained >= 0.9:
+        return None
+    if figures["no_label"] > asked.scored / 2 or base > trained:
+        return "the adapter is not applied, by the labels alone: the server lists no log-probabilities"
+    return f"{percent(1 - trained)} of its labels are others; without log-probabilities no more is seen"
+
+
+def judge_weights(
+    asked: Asked, reference: Reference, served: Served, rows: list, figures: dict
+) -> str | None:
+    """Nearest of the forms and strengths that were tried, if near enough to explain the answers."""
+    ids = watched(asked, reference)
+    lists = [served.replies[i].top for i in rows]
+    theirs = np.concatenate([listed(top, ids[i]) for i, top in zip(rows, lists)])
+    ours = {
+        key: np.concatenate([seen(said[i], ids[i], len(top[0])) for i, top in zip(rows, lists)])
+        for key, said in reference.said.items()
+    }
+    distance = {key: rms(theirs - values) for key, values in ours.items()}
+    effect = rms(ours[AS_TRAINED, 1.0] - ours[AS_TRAINED, 0.0])
+    forms = list(reference.texts)
+    noise = rms(ours[forms[-1], 0.0] - ours[AS_TRAINED, 0.0])
+    nearest = min(distance, key=distance.get)
+    healthy = min((key for key in distance if key[1] == 1), key=distance.get)
+    explained = max(EXPLAINED * effect, min(2 * noise, effect / 2))
+    figures |= {"listed": len(rows), "effect": effect, "noise": noise, "explained": explained}
+    figures |= {"nearest": {"form": nearest[0], "strength": nearest[1], "distance": distance[nearest]}}
+    figures |= {"drift": distance[healthy], "form": healthy[0]}
+    figures["kl"] = mean_kl([reference.said[healthy][i] for i in rows], [kl_list(top) for top in lists])
+    base_alone = compare_base(asked, reference, served, ids, figures)
+    if effect < WEAKEST:
+        return f"can't be judged: the adapter changes log-probabilities by {effect:.2g} only"
+    if base_alone is not None and figures["base"]["kl"] > figures["base"]["kl_bound"]:
+        return "another base: without the adapter, too, the server answers otherwise than the base does here"
+    same = base_alone is not None and rms(theirs - base_alone[rows].ravel()) < SAME_MODEL * effect
+    if same:
+        return "the adapter is not applied: the server answers as its base alone does"
+    if distance[healthy] <= explained and distance[healthy] <= 1.5 * distance[nearest]:
+        return None
+    if distance[nearest] > explained or nearest[1] == 0 and base_alone is not None:
+        return "another adapter" + ("" if base_alone is not None else ", or another base under it")
+    if nearest[1] == 0:
+        return "the adapter is not applied: the answers are those of the base alone"
+    if nearest[1] == 1:
+        return None
+    tried = f"of the strengths tried, it acts like {nearest[1]:.3g} times what was trained"
+    return f"the adapter is scaled wrong: {tried} (lora_alpha; rsLoRA's alpha/sqrt(r))"
+
+
+def kl_list(top: tuple) -> tuple:
+    """A list without tokens that are none of ours."""
+    known = [k for k, i in enumerate(top[0]) if i >= 0]
+    return [top[0][k] for k in known], top[1][known]
+
+
+def watched(asked: Asked, reference: Reference) -> list[list[int]]:
+    """Ids whose log-probabilities are compared, of each question."""
+    if asked.answer_ids:
+        return [list(asked.answer_ids)] * asked.scored
+    return [np.argsort(-row)[:WATCHED].tolist() for row in reference.said[AS_TRAINED, 1.0]]
+
+
+def compare_base(asked, reference, served: Served, ids, figures: dict) -> np.ndarray | None:
+    """The server's base beside ours: (questions, watched) of the server's; None if it can't be asked."""
+    if served.base is None or not all(reply.top for reply in served.base):
+        return None
+    lists = [kl_list(reply.top) for reply in served.base]
+    bases = [said for (_, strength), said in reference.said.items() if strength == 0]
+    full = [(list(range(len(row))), row) for row in bases[-1]]
+    between = mean_kl(list(bases[0]), [row for _, row in full])
+    found = min(mean_kl(list(said), lists) for said in bases)
+    figures["base"] = {"kl": found, "kl_bound": max(BASE_KL, KL_TIMES * between)}
+    return np.array([listed(reply.top, ids[i]) for i, reply in enumerate(served.base)])
+
+
+# --- the record ---
+
+
+def examine(s: ParitySettings) -> None:
+    """Compare, show, write doctor.json and doctor.md; raises UserError with the likely fault."""
+    adapter, asked = read_asked(s)
+    there = Endpoint.connect(s.endpoint, asked.tokenizer, adapter.name, s.served_model)
+    base = "its base can be asked, too" if there.base_fields else "its base alone can't be asked"
+    note(f"server     {there.kind}, model {there.model}; {base}")
+    served = ask_endpoint(there, asked)  # first: it can fail, and quickly
+    verdict = judge(asked, ask_transformers(adapter, asked), served)
+    show(s, adapter, there, verdict)
+
+
+def show(s: ParitySettings, adapter: Adapter, there: Endpoint, verdict: Verdict) -> None:
+    rows = lines(verdict)
+    print(table(["what", "found"], rows, indent=0))
+    record = {"adapter": adapter.name, "server": there.kind, "model": there.model}
+    record |= {"fault": verdict.fault, **verdict.figures}
+    s.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(s.output_dir / "doctor.json", record)
+    text = markdown_table(["what", "found"], rows)
+    write_text(s.output_dir / "doctor.md", f"# {there.model} at {there.kind}\n\n{text}\n")
+    note(f"written    {s.output_dir}/: doctor.json, doctor.md")
+    if verdict.fault:
+        raise UserError(f"{s.endpoint}: {verdict.fault}")
+
+
+def lines(verdict: Verdict) -> list[list[str]]:
+    """The figures in words, those that there are."""
+    f = verdict.figures
+    prompts, rows = f["prompts"], [["questions", str(f["questions"])]]
+    how = "their tokens" if prompts["told"] else "their lengths" if prompts["counted"] else "not told"
+    rows.append(["prompts that differ", f"{prompts['differ']} (by {how})"])
+    if "labels_as_trained" in f:
+        rows.append(
+            ["labels as trained", f"{percent(f['labels_as_trained'])} (base: {percent(f['labels_as_base'])})"]
+        )
+    for form, share in f.get("free_text", {}).items():
+        rows.append([f"free answers, {form}", f"{percent(share)} of the text before a difference"])
+    if "drift" in f:
+        near = f["nearest"]
+        rows.append(
+            ["log-odds", f"off by {f['drift']:.2g} ({f['form']}) of {f['effect']:.2g} that training changed"]
+        )
+        rows.append(
+            ["nearest", f"{near['form']}, adapter x {near['strength']:.3g}: off by {near['distance']:.2g}"]
+        )
+        rows.append(["KL", f"{f['kl']:.2g} nats from the trained model"])
+    if "base" in f:
+        rows.append(["KL of the bases", "{kl:.2g} nats (bound {kl_bound:.2g})".format(**f["base"])])
+    return [*rows, ["verdict", verdict.fault or "healthy"]]
