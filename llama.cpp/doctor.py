@@ -22,11 +22,12 @@ from qlora.cli import UsageError, UserError, note, progress
 from qlora.control_tokens import has_control_tokens
 from qlora.data import load_rows, split
 from qlora.files import write_json, write_text
+from qlora.generation import generate
 from qlora.hardware import detect, precision_of, return_freed_memory
 from qlora.loading import SIXTEEN_OR_MORE, load_tokenizer
 from qlora.measures import percent
 from qlora.tables import markdown_table, table
-from reference import continue_freely, scaled_by, scorer
+from reference import scaled_by, scorer
 from settings import DOCTOR_ROWS, FREE_PROMPTS, ParitySettings
 from survival import rms
 
@@ -34,6 +35,7 @@ FREE_TOKENS = 24  # of each free answer
 WATCHED = 8  # likeliest tokens that are compared where there are no labels
 # Of an adapter's effect: how far answers may be from what explains them, before rounding is known.
 EXPLAINED = 0.25
+LEAST = 1e-3  # probability of all other tokens below which it is rounding
 SAME_MODEL = 0.1  # nearer than this, two answers of one server are one model's
 WEAKEST = 0.1  # effect on log-probabilities, rms, under which rounding hides it
 BASE_KL, KL_TIMES = 0.2, 4  # nats: how far a base may be from ours, and in times of what 16 bits change
@@ -133,7 +135,12 @@ def ask_transformers(adapter: Adapter, asked: Asked) -> Reference:
                 said = next_logprobs(asked.ids[: asked.scored], step)
             reference.said[form, strength] = np.asarray(said, dtype=np.float32)
         free = asked.ids[len(asked.ids) - asked.free :]
-        reference.texts[form] = continue_freely(model, base, free, FREE_TOKENS)[0]
+        ends = {
+            "pad_token_id": base.tokenizer.pad_token_id,
+            "eos_token_id": sorted(p.end_ids(base.tokenizer)),
+        }
+        written = [generate(model, [ids], FREE_TOKENS, **ends)[0] for ids in free]
+        reference.texts[form] = base.tokenizer.batch_decode(written, skip_special_tokens=True)
         del model, base, next_logprobs
         gc.collect()
         return_freed_memory()
@@ -179,19 +186,24 @@ def ask_endpoint(there: Endpoint, asked: Asked) -> Served:
 
 
 def seen(logprobs: np.ndarray, ids: Sequence[int], length: int) -> np.ndarray:
-    """Log-probabilities of `ids` less their mean, as a list of the `length` likeliest tokens shows them.
+    """Of `ids` and of all other tokens together, as a list of the `length` likeliest tokens shows them.
 
-    What is not listed counts as the least that is: log [.6, .3, .1] of ids 0 and 2, length 2 -> log .6 and .3
+    What is not listed counts as the least that is. log [.6, .3, .1] of ids 0 and 2 in a list of two tokens:
+    log .6, log .3, and log .1 for the rest, less their mean, since a softmax takes no heed of it.
     """
     least = np.partition(logprobs, -length)[-length]
-    values = np.maximum(logprobs[list(ids)], least)
-    return values - values.mean()
+    return with_others(np.maximum(logprobs[list(ids)], least))
 
 
 def listed(top: tuple, ids: Sequence[int]) -> np.ndarray:
     """The same of a server's list."""
     found, least = dict(zip(*top)), top[1].min()
-    values = np.array([max(found.get(i, least), least) for i in ids])
+    return with_others(np.array([max(found.get(i, least), least) for i in ids]))
+
+
+def with_others(values: np.ndarray) -> np.ndarray:
+    others = np.log(max(1 - np.exp(values.astype(np.float64)).sum(), LEAST))
+    values = np.append(values, others)
     return values - values.mean()
 
 
