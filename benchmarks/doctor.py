@@ -48,6 +48,7 @@ TRAIN = ["--samples", "256", "--eval-samples", "64", "--max-length", "96"]
 EXPECTED = {
     "merged f16": "",
     "merged Q8_0": "",
+    "merged Q4_0": "",
     "base + LoRA": "",
     "not applied": "not applied",
     "half strength": "acts like 0.5 times",
@@ -127,7 +128,7 @@ class Planter:
         found = list((self.aside / "gguf").glob(f"*{kind}.gguf"))
         if not found:
             export = [sys.executable, ROOT / "llama.cpp" / "export.py", "--adapter", self.s.adapter]
-            export += ["--types", "f16", "Q8_0", "--output-dir", self.aside / "gguf"]
+            export += ["--types", "f16", "Q8_0", "Q4_0", "--output-dir", self.aside / "gguf"]
             subprocess.run(list(map(str, export)), check=True)
             found = list((self.aside / "gguf").glob(f"*{kind}.gguf"))
         return found[0]
@@ -136,7 +137,7 @@ class Planter:
 def llama_cases(planter: Planter) -> Iterator[tuple[str, Server]]:
     adapter, base = planter.s.adapter, planter.gguf(planter.base)
     lora = planter.gguf(adapter, lora=True)
-    for what in ("merged f16", "merged Q8_0"):
+    for what in ("merged f16", "merged Q8_0", "merged Q4_0"):
         yield what, Server(planter.merged(what.split()[1]))
     yield "base + LoRA", Server(base, [lora])
     yield "not applied", Server(base)

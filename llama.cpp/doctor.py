@@ -33,12 +33,13 @@ from survival import rms
 
 FREE_TOKENS = 24  # of each free answer
 WATCHED = 8  # likeliest tokens that are compared where there are no labels
-# Of an adapter's effect: how far answers may be from what explains them, before rounding is known.
-EXPLAINED = 0.25
+# How far answers may be from what explains them, as a share of the adapter's effect and at least: rounding to
+# 8 bits and more moves them by 0.05; what 4 bits do to a base is known only when it is measured.
+EXPLAINED, EXPLAINED_IN_FEW_BITS, ROUNDING = 0.04, 0.25, 0.12
 LEAST = 1e-3  # probability of all other tokens below which it is rounding
 SAME_MODEL = 0.1  # nearer than this, two answers of one server are one model's
 WEAKEST = 0.1  # effect on log-probabilities, rms, under which rounding hides it
-BASE_KL, KL_TIMES = 0.2, 4  # nats: how far a base may be from ours, and in times of what 16 bits change
+BASE_KL = 0.05  # nats: how far the server's base may be from ours; in few bits, what 4 bits changed here
 
 AS_TRAINED = "as trained"
 
@@ -162,12 +163,13 @@ class Served:
     prompts: list[list[int] | None]  # tokens that the server makes of every question
     base: list[Reply] | None  # the scored questions, by the server's base alone
     texts: list[str]  # of the free prompts
+    few_bits: bool | None = False  # whether its weights are rounded to fewer than 7; None: it does not say
 
 
 def ask_endpoint(there: Endpoint, asked: Asked) -> Served:
     scored, free = asked.talks[: asked.scored], asked.talks[len(asked.talks) - asked.free :]
     rows = len(scored) * (1 + bool(there.base_fields)) + len(free)
-    served = Served([], [], [] if there.base_fields else None, [])
+    served = Served([], [], [] if there.base_fields else None, [], there.few_bits)
     with progress(rows, f"{there.kind} server") as step:
         for talk in scored:
             served.prompts.append(there.prompt_ids(talk))
@@ -293,33 +295,38 @@ def judge_weights(
     }
     distance = {key: rms(theirs - values) for key, values in ours.items()}
     effect = rms(ours[AS_TRAINED, 1.0] - ours[AS_TRAINED, 0.0])
-    forms = list(reference.texts)
-    noise = rms(ours[forms[-1], 0.0] - ours[AS_TRAINED, 0.0])
     nearest = min(distance, key=distance.get)
     healthy = min((key for key in distance if key[1] == 1), key=distance.get)
-    explained = max(EXPLAINED * effect, min(2 * noise, effect / 2))
-    figures |= {"listed": len(rows), "effect": effect, "noise": noise, "explained": explained}
+    share = EXPLAINED_IN_FEW_BITS if served.few_bits else EXPLAINED
+    explained = max(share * effect, ROUNDING)
+    figures |= {"listed": len(rows), "effect": effect, "explained": explained, "few_bits": served.few_bits}
     figures |= {"nearest": {"form": nearest[0], "strength": nearest[1], "distance": distance[nearest]}}
     figures |= {"drift": distance[healthy], "form": healthy[0]}
     figures["kl"] = mean_kl([reference.said[healthy][i] for i in rows], [kl_list(top) for top in lists])
-    base_alone = compare_base(asked, reference, served, ids, figures)
-    if effect < WEAKEST:
+    base_alone = compare_base(reference, served, ids, figures)
+    if effect < 2 * ROUNDING:
         return f"can't be judged: the adapter changes log-probabilities by {effect:.2g} only"
     if base_alone is not None and figures["base"]["kl"] > figures["base"]["kl_bound"]:
-        return "another base: without the adapter, too, the server answers otherwise than the base does here"
-    same = base_alone is not None and rms(theirs - base_alone[rows].ravel()) < SAME_MODEL * effect
-    if same:
+        return (
+            "another base, or the same in fewer bits: without the adapter, too, the server answers otherwise"
+        )
+    if base_alone is not None and rms(theirs - base_alone[rows].ravel()) < SAME_MODEL * effect:
         return "the adapter is not applied: the server answers as its base alone does"
     if distance[healthy] <= explained and distance[healthy] <= 1.5 * distance[nearest]:
         return None
     if distance[nearest] > explained or nearest[1] == 0 and base_alone is not None:
-        return "another adapter" + ("" if base_alone is not None else ", or another base under it")
+        return unexplained(served, base_alone is not None)
     if nearest[1] == 0:
         return "the adapter is not applied: the answers are those of the base alone"
-    if nearest[1] == 1:
-        return None
     tried = f"of the strengths tried, it acts like {nearest[1]:.3g} times what was trained"
     return f"the adapter is scaled wrong: {tried} (lora_alpha; rsLoRA's alpha/sqrt(r))"
+
+
+def unexplained(served: Served, base_is_ours: bool) -> str:
+    """What answers can be that are near none of those tried."""
+    causes = ["another adapter"] if base_is_ours else ["another adapter", "another base under it"]
+    causes += ["weights in few bits (the server does not say)"] if served.few_bits is None else []
+    return ", or ".join([", ".join(causes[:-1]), causes[-1]] if len(causes) > 1 else causes)
 
 
 def kl_list(top: tuple) -> tuple:
@@ -335,16 +342,17 @@ def watched(asked: Asked, reference: Reference) -> list[list[int]]:
     return [np.argsort(-row)[:WATCHED].tolist() for row in reference.said[AS_TRAINED, 1.0]]
 
 
-def compare_base(asked, reference, served: Served, ids, figures: dict) -> np.ndarray | None:
+def compare_base(reference: Reference, served: Served, ids: list, figures: dict) -> np.ndarray | None:
     """The server's base beside ours: (questions, watched) of the server's; None if it can't be asked."""
     if served.base is None or not all(reply.top for reply in served.base):
         return None
     lists = [kl_list(reply.top) for reply in served.base]
-    bases = [said for (_, strength), said in reference.said.items() if strength == 0]
-    full = [(list(range(len(row))), row) for row in bases[-1]]
-    between = mean_kl(list(bases[0]), [row for _, row in full])
-    found = min(mean_kl(list(said), lists) for said in bases)
-    figures["base"] = {"kl": found, "kl_bound": max(BASE_KL, KL_TIMES * between)}
+    bases = [list(said) for (_, strength), said in reference.said.items() if strength == 0]
+    bound = BASE_KL
+    if served.few_bits:
+        every = np.arange(len(bases[0][0]))
+        bound = max(bound, 1.5 * mean_kl(bases[0], [(every, row) for row in bases[-1]]))
+    figures["base"] = {"kl": min(mean_kl(said, lists) for said in bases), "kl_bound": bound}
     return np.array([listed(reply.top, ids[i]) for i, reply in enumerate(served.base)])
 
 

@@ -4,6 +4,7 @@ The key, where a server wants one, comes from the environment (OPENAI_API_KEY) a
 """
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +35,7 @@ class Endpoint:
     model: str = ""
     kind: str = "unknown"  # llama-server, vllm or unknown
     base_fields: dict | None = None  # of a request to the base
+    few_bits: bool | None = None  # whether its weights have fewer than 7 bits; None: unknown
     ids_of: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -52,6 +54,7 @@ class Endpoint:
         require(len(likely) == 1, f"{served}: choose one with --served-model")
         (there.model,) = likely
         there.find_base(cards)
+        there.few_bits = there.find_bits(cards[there.model])
         there.ids_of = ids_by_text(tokenizer)
         return there
 
@@ -65,6 +68,21 @@ class Endpoint:
             self.kind = "llama-server"
             off = [{"id": lora["id"], "scale": 0.0} for lora in loras]
             self.base_fields = {"lora": off} if off else None
+
+    def find_bits(self, card: dict) -> bool | None:
+        """By llama-server's size, or by the name of the type that Ollama and LM Studio tell."""
+        meta = card.get("meta") or {}
+        if meta.get("size") and meta.get("n_params"):
+            return 8 * meta["size"] / meta["n_params"] < 7
+        if self.kind == "vllm":
+            return False
+        told = (self.root_get("/api/tags") or {}).get("models") or []  # Ollama
+        told += (self.root_get("/api/v0/models") or {}).get("data") or []  # LM Studio
+        for entry in told:
+            if self.model in (entry.get("name"), entry.get("model"), entry.get("id")):
+                name = (entry.get("details") or {}).get("quantization_level") or entry.get("quantization")
+                return bool(re.match(r"I?Q[1-6]", name, re.I)) if name else None
+        return None
 
     # --- requests ---
 
