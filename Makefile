@@ -54,6 +54,7 @@ results: .venv/installed  ## measure again (several hours; all but the longer ru
 	$(BIN)/python llama.cpp/parity.py --imatrix --eval-samples 200
 	cp gguf-out/parity.json gguf-out/parity.md gguf-out/parity.png $(RESULTS)/parity/nf4/
 	$(BIN)/python benchmarks/verdicts.py
+	$(BIN)/python benchmarks/doctor.py
 	$(BIN)/python benchmarks/qat.py
 	$(BIN)/python qlora_finetune.py --model models/SmolLM2-135M-Instruct.Q4_1.gguf --output-dir q4-run --resume
 	$(BIN)/python llama.cpp/parity.py --adapter q4-run --types Q8_0 --output-dir gguf-q4

@@ -213,7 +213,9 @@ def main(argv=None) -> None:
         verdict = judge(asked, reference, ask_endpoint(there, asked))
         named = EXPECTED[what] in verdict.fault if verdict.fault else EXPECTED[what] == ""
         right = named and bool(EXPECTED[what]) == bool(verdict.fault)
+        said = (verdict.fault or "healthy").partition(" (")[0]
         cases.append({"server": server, "case": what, "fault": verdict.fault, "right": right})
+        cases[-1] |= {"said": said, "named": "yes" if right else "**no**"}
         cases[-1] |= {"seconds": time.perf_counter() - started, **verdict.figures}
         note(f"{server:13} {what:16} {'' if right else 'WRONG: '}{verdict.fault or 'healthy'}")
         record = {"environment": environment(detect()), "adapter": TRAIN, "rows": s.rows, "cases": cases}
