@@ -195,6 +195,9 @@ class TrainSettings(ModelSettings):
     epochs: float = 1.0
     # Stop after this many optimizer steps instead of --epochs; -1: off.
     max_steps: int = -1
+    # Fill rows of --max-length tokens with several examples, which do not see each other; --batch-size then
+    # counts filled rows. Worth it where lengths differ much and most tokens are labels.
+    packing: bool = False
     # Steps whose gradients are added up before one update.
     grad_accum: int = 1
     # Peak rate. LoRA needs about ten times the rate of full fine-tuning ("LoRA Without Regret").

@@ -13,8 +13,8 @@ class Band:
     """Rows that attend together, each to itself: `tokens` are theirs in the flat order.
 
     `place` (rows, length) says which of these tokens is at a position, -1 for none; `owner` (tokens,) is the
-    other direction, row * length + position; -1 for tokens that only fill up. `shared` tokens at the beginning
-    stand in every row.
+    other direction, row * length + position; -1 for tokens that only fill up. `shared` tokens at the
+    beginning stand in every row.
     """
 
     tokens: slice
