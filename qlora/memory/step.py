@@ -404,7 +404,7 @@ def efficient_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=No
 
 
 def masked_attention(module, q, k, v, attention_mask, **kwargs):
-    """With a mask, as packed rows need it: torch's memory-efficient kernel; each layer keeps one of its own."""
+    """torch's memory-efficient kernel with a mask, as packed rows need it; each layer keeps its own."""
     rows, heads, tokens, _ = q.shape
     k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
     bias = q.new_empty(rows, 1, tokens, tokens).expand(-1, heads, -1, -1)
