@@ -1,4 +1,4 @@
-"""Real tokens per second of padded, length-grouped and packed batches, by the libraries and by the CPU's lane.
+"""Real tokens per second of padded, length-grouped and packed batches, by the libraries and by the lane.
 
     python benchmarks/packing.py   # 3 rounds of 6 ways: about half an hour on two slow cores
 
