@@ -195,6 +195,9 @@ class TrainSettings(ModelSettings):
     epochs: float = 1.0
     # Stop after this many optimizer steps instead of --epochs; -1: off.
     max_steps: int = -1
+    # Fill rows of --max-length tokens with several examples that do not see each other; --batch-size counts
+    # filled rows then. Worth it for lm and conversations of different lengths.
+    packing: bool = False
     # Steps whose gradients are added up before one update.
     grad_accum: int = 1
     # Peak rate. LoRA needs about ten times the rate of full fine-tuning ("LoRA Without Regret").

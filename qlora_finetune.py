@@ -39,7 +39,7 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
     global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, packed, plan, prompts
-    global qat, report, shapes, sharding, sources, variants, BeforeAfter, QLoRATrainer
+    global example_packs, qat, report, shapes, sharding, sources, variants, BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
@@ -48,6 +48,7 @@ def import_libraries() -> None:
         adapters,
         batches,
         data,
+        example_packs,
         fast,
         files,
         hardware,
@@ -85,7 +86,8 @@ def train(run) -> None:
         rows, held_out, found = choose_rows(s, run.older)
         if processes.count() > 1:
             sources.locate(s.model, run.revision)
-    predicted = plan.predict_run(s, machine) if found.kind != "chat" else None
+    known = found.kind != "chat" and not s.packing  # how many tokens of a row are trained on
+    predicted = plan.predict_run(s, machine) if known else None
 
     # 1. The frozen base, its linear layers in 4 bits. (load_in_4bit alone would mean fp4.)
     four_bit = BitsAndBytesConfig(
@@ -106,8 +108,9 @@ def train(run) -> None:
     if found.kind == "chat":
         prompt = prompts.with_thoughts(prompt, rows)
     examples = batches.encode_rows(base.tokenizer, prompt, rows, "training")
-    if found.kind == "chat":  # only now is it known how many tokens of a row are trained on
-        predicted = plan.predict_run(s, machine, labels=batches.most_labels(examples))
+    filled = example_packs.pack(examples, s.max_length, s.seed) if s.packing else examples
+    if not known:
+        predicted = plan.predict_run(s, machine, labels=batches.most_labels(filled))
     batches.show_labels(base.tokenizer, examples[0])
     healthy = guards.Guards()
     guards.check_data(healthy, base.tokenizer, prompt, examples)
@@ -135,12 +138,14 @@ def train(run) -> None:
     if s.gradient_checkpointing:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     note(f"kernels    {fast.make_fast(model, machine.lane)}")
+    if s.packing:
+        example_packs.refuse_leaks(model, examples, machine.autocast)
 
     # 3. All flags have proved possible: the folder may change. What can the base do? Then train.
     run.begin(s)
     before = comparison.score_before(run, model, rows, start.variant.start)
     frozen = guards.check_start(healthy, model, examples, machine.autocast, start)
-    trainer = QLoRATrainer(model, training_arguments(s, machine), examples, base, run, healthy)
+    trainer = QLoRATrainer(model, training_arguments(s, machine), filled, base, run, healthy)
     measured = trainer.train_or_resume()
     guards.check_training(healthy, [step["loss"] for step in trainer.history], measured["applied_updates"])
 

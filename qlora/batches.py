@@ -109,6 +109,7 @@ class LengthBatches(torch.utils.data.Sampler):
 def collate(examples: list[dict], pad_id: int, multiple: int = 1) -> dict:
     """input_ids and labels (batch, tokens), padded on the right to a `multiple`; real_tokens: their number.
 
+    Of packed rows also position_ids, which go on through the padding: it belongs to a row's last example.
     Padding is masked by position, never by token id: where the pad token is the end token (as in many GGUF
     files), masking by id would hide the end of every answer and the model would never learn to stop.
     """
@@ -120,4 +121,13 @@ def collate(examples: list[dict], pad_id: int, multiple: int = 1) -> dict:
         input_ids[row, : len(example["input_ids"])] = torch.tensor(example["input_ids"])
         labels[row, : len(example["labels"])] = torch.tensor(example["labels"])
     real_tokens = sum(len(e["input_ids"]) for e in examples if e is not BLANK)
-    return {"input_ids": input_ids, "labels": labels, "real_tokens": real_tokens}
+    batch = {"input_ids": input_ids, "labels": labels, "real_tokens": real_tokens}
+    if any("position_ids" in e for e in examples):
+        positions = torch.arange(longest).repeat(len(examples), 1)
+        for row, example in enumerate(examples):
+            if given := example.get("position_ids"):
+                # From its last example's first position on, as if that one were alone.
+                positions[row] -= len(given) - 1 - given[-1]
+                positions[row, : len(given)] = torch.tensor(given)
+        batch["position_ids"] = positions
+    return batch

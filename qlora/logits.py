@@ -27,6 +27,7 @@ def hidden_states(model, input_ids, **kwargs):
     """Output of the decoder before the head: last_hidden_state (batch, tokens, hidden), past_key_values.
 
     Rows are padded on the right, where a real token never looks: no attention mask, so the faster kernel.
+    Where position_ids begin again inside a row, transformers makes a mask that keeps examples apart.
     """
     lm = causal_lm(model)
     return getattr(lm, lm.base_model_prefix)(input_ids=input_ids, **kwargs)
@@ -44,7 +45,7 @@ def logits_from(lm, hidden) -> torch.Tensor:
 def states_at(model, input_ids, wanted, **kwargs) -> torch.Tensor:
     """Hidden states (positions, width) where the mask `wanted` (batch, tokens) is true, row by row."""
     if decoder := usable(causal_lm(model)):
-        return decoder(input_ids, wanted)
+        return decoder(input_ids, wanted, kwargs.get("position_ids"))
     # Selecting copies the few rows that matter; a slice's strides would make the head a batched product.
     return hidden_states(model, input_ids, use_cache=False, **kwargs).last_hidden_state[wanted]
 

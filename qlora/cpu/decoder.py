@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from qlora.cpu import kernels
+from qlora.cpu.attention import Attention
 from qlora.cpu.lanes import group_of
 from qlora.cpu.products import Group, HalfGroup, Lora, Pool
 from qlora.cpu.tokens import FlatRows, flatten
@@ -24,7 +25,6 @@ GROUPS = {
     "gate_up": ("mlp", ("gate_proj", "up_proj")),
     "down": ("mlp", ("down_proj",)),
 }
-QUERY_BLOCK = 64  # queries whose scores exist at once; they need no keys that come later
 
 
 class Layer:
@@ -78,10 +78,9 @@ class Decoder:
         c, model = lm.config, lm.model
         self.lm, self.eps = lm, c.rms_norm_eps
         self.width, self.between = c.hidden_size, c.intermediate_size
-        self.heads, self.groups = c.num_attention_heads, c.num_key_value_heads
-        self.d = getattr(c, "head_dim", None) or self.width // self.heads
-        self.per = self.heads // self.groups
+        self.d = getattr(c, "head_dim", None) or self.width // c.num_attention_heads
         self.kernels, self.how = kernels.load()
+        self.attention = Attention(self.kernels, c.num_attention_heads, c.num_key_value_heads, self.d)
         self.embedding, self.norm, self.rotary = lm.get_input_embeddings(), model.norm, model.rotary_emb
         self.layers = [Layer(layer, lane) for layer in model.layers]
         self.cosine = self.sine = torch.empty(0, 0)
@@ -92,9 +91,12 @@ class Decoder:
         self._scaled: list[tuple[torch.Tensor, float]] = []
         self._taken: list | None = None  # which matrices and scalings these are
 
-    def __call__(self, input_ids, wanted) -> torch.Tensor:
-        """input_ids and a mask, both (rows, tokens) -> hidden states (wanted positions, width)."""
-        return self.states(flatten(input_ids, wanted))
+    def __call__(self, input_ids, wanted, position_ids=None) -> torch.Tensor:
+        """input_ids and a mask, both (rows, tokens) -> hidden states (wanted positions, width).
+
+        `position_ids` of packed rows begin at 0 with each example.
+        """
+        return self.states(flatten(input_ids, wanted, position_ids))
 
     def states(self, rows: FlatRows) -> torch.Tensor:
         self._read_adapter()
@@ -138,7 +140,7 @@ class Decoder:
 
     def forward(self, x, rows: FlatRows, pool: Pool, kept: list | None) -> torch.Tensor:
         """x (tokens, width) -> (wanted positions, width); `kept` collects what is kept of each layer."""
-        k, add = self.kernels, None
+        k, add, angles = self.kernels, None, (self.cosine, self.sine)
         for i, layer in enumerate(self.layers):
             at = 0 if kept is None else i  # layers share their buffers where nothing is kept
 
@@ -150,7 +152,7 @@ class Decoder:
             scale, normed = own("scale", tokens), pool("normed", tokens, self.width)
             k.rms_norm(x, add, layer.norm, self.eps, None if add is None else total, normed, scale)
             qkv, low_qkv = layer.qkv.up(normed, pool, "qkv", ("low_qkv", at))
-            attended, heads = self._attend(qkv, rows, pool, own)
+            attended, heads = self.attention.forward(qkv, rows, angles, pool, own)
             residual = total
             if layer is self.layers[-1]:
                 heads, residual = heads[rows.wanted], residual[rows.wanted]
@@ -172,6 +174,7 @@ class Decoder:
     def backward(self, dout, rows: FlatRows, pool: Pool, kept: list[Kept]) -> list:
         """Gradients of A and B, in the order of `parameters`."""
         k, every, last = self.kernels, [], len(kept) - 1
+        angles = self.cosine, self.sine
         d = self.layers[-1].down.gradient_buffer(pool, "d_last", len(dout)).copy_(dout)
         for i in range(last, -1, -1):
             layer, e, tokens = self.layers[i], kept[i], len(kept[i].middle)
@@ -193,7 +196,7 @@ class Decoder:
                     for name, part in (("dheads", dheads), ("dmiddle", dmiddle))
                 )
             dqkv = layer.qkv.gradient_buffer(pool, "dqkv", tokens)
-            self._attend_backward(dheads, e.attended, rows, pool, dqkv)
+            self.attention.backward(dheads, e.attended, rows, angles, pool, dqkv)
             normed = pool("normed", tokens, self.width)
             k.rms_norm(e.x, None, layer.norm, self.eps, None, normed, e.scale)
             dnormed, g_qkv = layer.qkv.down(dqkv, normed, e.low_qkv, pool, "dnormed" if i else None)
@@ -202,40 +205,6 @@ class Decoder:
                 d = self.layers[i - 1].down.gradient_buffer(pool, "d", tokens)
                 k.rms_backward(dnormed, e.x, layer.norm, e.scale, dmiddle, d)
         return [gradient for gradients in reversed(every) for gradient in gradients]
-
-    def _attend(self, qkv, rows: FlatRows, pool: Pool, own) -> tuple[tuple, torch.Tensor]:
-        """Causal attention in blocks of queries; ((q, k, v, ln of the softmax's sums), heads (tokens, …))."""
-        units, length, per = rows.rows * self.groups, rows.length, self.per
-        q = own("q", units, length * per, self.d)
-        key, value = own("k", units, length, self.d), own("v", units, length, self.d)
-        self.kernels.rotate_in(qkv, rows.place, self.cosine, self.sine, q, key, value, per)
-        logsum, out = own("logsum", units, length * per), pool("attended", units, length * per, self.d)
-        for start, end in blocks(length):
-            block = slice(start * per, end * per)
-            scores = pool("scores", units, (end - start) * per, end)
-            torch.bmm(q[:, block], key[:, :end].mT, out=scores)
-            self.kernels.softmax(scores, self.d**-0.5, logsum[:, block], per, start)
-            out[:, block] = torch.bmm(scores, value[:, :end])
-        heads = own("heads", len(rows.ids), self.heads * self.d)
-        self.kernels.heads_to_flat(out, rows.owner, heads, length)
-        return (q, key, value, logsum), heads
-
-    def _attend_backward(self, dheads, attended: tuple, rows: FlatRows, pool: Pool, dqkv) -> None:
-        (q, key, value, logsum), per, length = attended, self.per, rows.length
-        dout = pool("attended", *q.shape)
-        self.kernels.flat_to_heads(dheads, rows.place, rows.owner, dout)
-        dq, dk, dv = pool("dq", *q.shape), pool("dk", *key.shape).zero_(), pool("dv", *key.shape).zero_()
-        for start, end in blocks(length):
-            block, shape = slice(start * per, end * per), (len(q), (end - start) * per, end)
-            p, dp = pool("scores", *shape), pool("dscores", *shape)
-            torch.bmm(q[:, block], key[:, :end].mT, out=p)
-            torch.bmm(dout[:, block], value[:, :end].mT, out=dp)
-            self.kernels.softmax_backward(p, dp, self.d**-0.5, logsum[:, block], per, start)
-            dv[:, :end].baddbmm_(p.mT, dout[:, block])
-            dk[:, :end].baddbmm_(dp.mT, q[:, block])
-            dq[:, block] = torch.bmm(dp, key[:, :end])
-        angles = rows.place, rows.owner, self.cosine, self.sine
-        self.kernels.rotate_back(dq, dk, dv, *angles, dqkv, rows.shared, per)
 
 
 class Function(torch.autograd.Function):
@@ -255,11 +224,6 @@ class Function(torch.autograd.Function):
         ctx.decoder.free.append(ctx.pool)  # a later step writes into the same buffers
         ctx.pool = ctx.kept = None
         return None, None, None, *gradients
-
-
-def blocks(length: int) -> list[tuple[int, int]]:
-    """100 -> [(0, 64), (64, 100)]"""
-    return [(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
 
 
 def base_layer(module) -> torch.nn.Linear:

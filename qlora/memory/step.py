@@ -63,6 +63,7 @@ class Job:
     lora_variant: str = "lora"
     qat: str | None = None
     gradient_checkpointing: bool = False
+    packing: bool = False
     labels: int | None = 2  # labelled positions of a row; an answer has two, None: all (objective lm)
     capability: tuple[int, int] = (8, 0)  # compute capability of the GPU
     lane: str = "fp32"  # of a CPU
@@ -80,6 +81,8 @@ class Job:
     @property
     def attention(self):
         """The attention that is planned with: what fast.make_fast() lets this device take."""
+        if self.packing:
+            return masked_attention
         if not self.on_gpu:
             return flash_attention  # torch's own on a CPU
         return flash_attention if fast.has_flash(self.capability, self.dtype) else efficient_attention
@@ -397,6 +400,16 @@ def efficient_attention(module, q, k, v, attention_mask, dropout=0.0, scaling=No
     k, v = (x.repeat_interleave(heads, dim=1) if heads > 1 else x for x in (k, v))
     attend_to = torch.ops.aten._scaled_dot_product_efficient_attention
     out = attend_to(q, k, v, None, q.requires_grad, dropout, q.shape[2] > 1, scale=scaling)[0]
+    return out.transpose(1, 2).contiguous(), None
+
+
+def masked_attention(module, q, k, v, attention_mask, **kwargs):
+    """torch's memory-efficient kernel with a mask, as packed rows need it; each layer keeps its own."""
+    rows, heads, tokens, _ = q.shape
+    k, v = (x.repeat_interleave(heads // k.shape[1], dim=1) for x in (k, v))
+    bias = q.new_empty(rows, 1, tokens, tokens).expand(-1, heads, -1, -1)
+    attend_to = torch.ops.aten._scaled_dot_product_efficient_attention
+    out = attend_to(q, k, v, bias, q.requires_grad, 0.0, False, scale=kwargs.get("scaling"))[0]
     return out.transpose(1, 2).contiguous(), None
 
 

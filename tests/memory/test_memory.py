@@ -88,11 +88,12 @@ def real_step(folder, job: Job) -> dict:
     labels = ids.clone()
     if job.labels is not None:
         labels[:, :-2] = IGNORE
+    packed = {"position_ids": torch.arange(job.length).expand(ids.shape) % 50} if job.packing else {}
     for _ in range(3):
         live = LiveBytes()
         live.count_existing()
         with live:
-            model(input_ids=ids, labels=labels).loss.backward()
+            model(input_ids=ids, labels=labels, **packed).loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
         optimizer.zero_grad()
@@ -114,12 +115,13 @@ def real_step(folder, job: Job) -> dict:
         Job(length=64, precision="bf16"),
         Job(length=64, lane="bf16"),
         Job(length=64, lane="libraries"),
+        Job(length=128, lane="libraries", labels=None, packing=True),
         Job(length=64, qat="Q4_0"),
         Job(length=64, qat="fp8", precision="bf16"),
     ],
     ids=[
         *("default", "checkpointing", "every token", "attention r64", "bf16", "lane bf16", "libraries"),
-        *("qat", "qat on bf16"),
+        *("packing", "qat", "qat on bf16"),
     ],
 )
 def test_a_real_training_step_holds_what_was_predicted(tiny_folder, job):

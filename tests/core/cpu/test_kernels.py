@@ -30,7 +30,7 @@ def rows():
     ids[:, :4] = 7
     wanted = torch.zeros(ROWS, 21, dtype=torch.bool)
     wanted[0, 20] = wanted[1, 9] = wanted[2, [3, 14]] = True
-    return flatten(ids, wanted)
+    return flatten(ids, wanted).bands[0]
 
 
 def numbers(*shape):
@@ -40,7 +40,7 @@ def numbers(*shape):
 
 def cases(rows) -> dict:
     """name -> (arguments, places of those that are written)"""
-    n, length, units = len(rows.ids), rows.length, ROWS * GROUPS
+    n, length, units = len(rows.owner), rows.length, ROWS * GROUPS
     wide, flat = (
         numbers(n, WIDTH + 5)[:, :WIDTH],
         numbers(n, GROUPS * PER * D),
