@@ -18,6 +18,9 @@ class HeadLoss(torch.autograd.Function):
     def forward(ctx, hidden, targets, weight):
         losses = hidden.new_empty(len(hidden))
         gradient = torch.empty_like(hidden)
+        if not len(hidden):  # a batch that only fills up what several processes read
+            ctx.save_for_backward(gradient)
+            return losses
         for h, t, d, out in zip(*(x.split(POSITIONS) for x in (hidden, targets, gradient, losses))):
             p = (h.to(weight.dtype) @ weight.t()).float()  # logits first, then made probabilities in place
             of_targets, sums = p.gather(1, t[:, None]), torch.empty(1, len(t))

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 
-from peft import set_peft_model_state_dict
+from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from config import LORA_VARIANTS
@@ -12,7 +12,6 @@ from qlora import data
 from qlora.adapters import WEIGHTS, Adapter, check_base, check_keys, fitting, read_adapter
 from qlora.cli import UsageError, UserError, note, require
 from qlora.loading import Base
-from qlora.lora import resolve_targets
 from qlora.variants import Start
 
 # What a fresh adapter of the flags has no place for.
@@ -56,7 +55,7 @@ def begin(model, base: Base, adapter: Adapter, s) -> Start:
     with told_by_flag():
         if warning := check_base(adapter, base.info):
             note(f"note       {warning}")
-        check_settings(adapter, base, s)
+        check_settings(adapter, model.peft_config["default"], s)
         with fitting(adapter, base.info):
             check_keys(adapter, model, "default")
             set_peft_model_state_dict(model, load_file(adapter.folder / WEIGHTS), adapter_name="default")
@@ -67,16 +66,15 @@ def begin(model, base: Base, adapter: Adapter, s) -> Start:
     return Start(LORA_VARIANTS[s.lora_variant], initial=adapter.folder)
 
 
-def check_settings(adapter: Adapter, base: Base, s) -> None:
-    """Raises UsageError that names every flag which would make another adapter."""
+def check_settings(adapter: Adapter, fresh: LoraConfig, s) -> None:
+    """Raises UsageError that names every flag by which `fresh` is another adapter."""
     config = adapter.config
     variant = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
     its = {"--lora-r": config["r"], "--lora-alpha": config["lora_alpha"], "--lora-variant": variant}
-    ours = {"--lora-r": s.lora_r, "--lora-alpha": s.lora_alpha or 2 * s.lora_r}
-    ours["--lora-variant"] = s.lora_variant
+    ours = {"--lora-r": fresh.r, "--lora-alpha": fresh.lora_alpha, "--lora-variant": s.lora_variant}
     names = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in load_file(adapter.folder / WEIGHTS)}
     its["--target-modules"] = ",".join(sorted(names))
-    ours["--target-modules"] = ",".join(sorted(resolve_targets(base.model, s.target_modules)))
+    ours["--target-modules"] = ",".join(sorted(fresh.target_modules))
     other = [flag for flag in its if its[flag] != ours[flag]]
     found = ", ".join(f"{flag} {its[flag]}, not {ours[flag]}" for flag in other)
     fix = " ".join(f"{flag} {its[flag]}" for flag in other)
