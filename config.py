@@ -116,6 +116,9 @@ PACKAGED_DATASETS = ("imdb", "rotten_tomatoes")  # by the packaged file's `sourc
 
 EVAL_SAMPLES = 400  # held-out rows scored by default
 
+# Peak rates by default. Preferences: DPO's loss only compares, and at a high rate it drives both replies out.
+LEARNING_RATE, PREFERENCE_RATE = 5e-4, 5e-5
+
 # Short, because every row pays for these tokens again; benchmarks/recipe.md has what else was tried.
 SENTIMENT_SYSTEM = "You judge movie reviews."
 SENTIMENT_QUESTION = "Is this review positive or negative?"
@@ -180,10 +183,15 @@ class TrainSettings(ModelSettings):
     # in this hardware's dtype, so that what is deployed is what was trained on.
     precision: Literal["auto", Precision] = "auto"
     # imdb, rotten_tomatoes, a hub id, or a .csv/.jsonl/.parquet file (columns: text+label, prompt+completion,
-    # instruction+response, messages, or text alone).
+    # instruction+response, messages, chosen+rejected (and prompt), or text alone).
     dataset: str = "imdb"
     # sentiment: answer with the label, loss on the answer. lm: labels = input ids, learn to write the text.
-    objective: Literal["sentiment", "lm"] = "sentiment"
+    # preference: of two replies make the chosen one likelier (DPO); a row of --batch-size is a pair.
+    objective: Literal["sentiment", "lm", "preference"] = "sentiment"
+    # --objective preference: how dear it is to leave the initial model; lower lets replies change more.
+    beta: float = 0.1
+    # Go on from a trained adapter instead of a fresh one: base, rank, targets and variant stay what they are.
+    init_adapter: Optional[Path] = None
     # What is asked after each text of labelled data. Default: the movie reviews' question where labels are
     # named negative/positive, else "Which label fits: a, b, c?".
     question: Optional[str] = None
@@ -200,8 +208,9 @@ class TrainSettings(ModelSettings):
     packing: bool = False
     # Steps whose gradients are added up before one update.
     grad_accum: int = 1
-    # Peak rate. LoRA needs about ten times the rate of full fine-tuning ("LoRA Without Regret").
-    learning_rate: float = 5e-4
+    # Peak rate. LoRA needs about ten times the rate of full fine-tuning ("LoRA Without Regret"). Default:
+    # 5e-4, with --objective preference 5e-5.
+    learning_rate: Optional[float] = None
     # Quantization-aware: training rounds W + s B A as a file of this type will: GGUF's Q4_0 and Q8_0, int4
     # (symmetric, groups of 32), fp8 (E4M3, a scale a row). A CPU leaves the layers to the libraries, slower.
     qat: Optional[QatType] = None

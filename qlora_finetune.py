@@ -12,7 +12,7 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 
-from config import LORA_VARIANTS, MAX_GRAD_NORM, TrainSettings
+from config import LEARNING_RATE, LORA_VARIANTS, MAX_GRAD_NORM, PREFERENCE_RATE, TrainSettings
 from qlora import processes
 from qlora.cli import UsageError, note, parse, require, run
 from qlora.training.run_folder import open_run, saved_settings
@@ -26,6 +26,11 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
         s = parse(TrainSettings, argv, __doc__, default=earlier)
     require(not (s.resume and s.overwrite), "--resume and --overwrite: choose one of them")
     require(s.question is None or s.question.strip() != "", "--question is empty")
+    preference = s.objective == "preference"
+    require(preference or s.beta == TrainSettings.beta, "--beta is DPO's: add --objective preference")
+    require(not (preference and s.packing), "--packing puts texts end to end, not pairs: leave it out")
+    rate = s.learning_rate or (PREFERENCE_RATE if preference else LEARNING_RATE)
+    s = dataclasses.replace(s, learning_rate=rate)
     if s.qat:
         alone = f"--qat {s.qat} rounds one merged weight a layer"
         whole = s.lora_variant not in ("dora", "pissa", "olora")
@@ -39,7 +44,8 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
     global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, packed, plan, prompts
-    global example_packs, qat, report, shapes, sharding, sources, variants, BeforeAfter, QLoRATrainer
+    global example_packs, initial, preferences, qat, report, shapes, sharding, sources, variants
+    global BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
@@ -63,7 +69,7 @@ def import_libraries() -> None:
         variants,
     )
     from qlora.memory import plan
-    from qlora.training import guards, report, sharding
+    from qlora.training import guards, initial, preferences, report, sharding
     from qlora.training.before_after import BeforeAfter
     from qlora.training.trainer import QLoRATrainer
 
@@ -80,13 +86,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(run) -> None:
     """The whole job, in the order in which it happens."""
-    s, machine = choose_model(run.settings)
+    old = initial.read(run.settings)  # the adapter that the run goes on from
+    s, machine = choose_model(initial.with_its_base(run.settings, old))
+    revision = run.revision or initial.revision_of_base(s, old)
     variants.check_variant(s.lora_variant, s.precision)
     with processes.first_goes_first():  # the others find what it fetched
         rows, held_out, found = choose_rows(s, run.older)
         if processes.count() > 1:
-            sources.locate(s.model, run.revision)
-    known = found.kind != "chat" and not s.packing  # how many tokens of a row are trained on
+            sources.locate(s.model, revision)
+    talks, pairs = found.kind in ("chat", "pairs"), found.kind == "pairs"
+    known = not (talks or s.packing)  # how many tokens of a row are trained on
     predicted = plan.predict_run(s, machine) if known else None
 
     # 1. The frozen base, its linear layers in 4 bits. (load_in_4bit alone would mean fp4.)
@@ -99,13 +108,13 @@ def train(run) -> None:
         bnb_4bit_quant_storage=machine.dtype if processes.is_sharded() else torch.uint8,
     )
     nf4 = four_bit if s.precision == "nf4" else None  # other precisions: the table in config.py
-    base = loading.load_base(s.model, s.precision, machine, run.revision, nf4)
+    base = loading.load_base(s.model, s.precision, machine, revision, nf4)
     most = base.context_length
     require(s.max_length <= most, f"--max-length {s.max_length}: {s.model} reads at most {most} tokens")
     lora.refuse_broken_dora(base.model, s.lora_variant)
     note(f"weights    {base.model.get_memory_footprint() / 1e6:.0f} MB as {s.precision}")
     prompt = prompts.choose_format(s.objective, found.kind, found.answers, s.max_length, s.question)
-    if found.kind == "chat":
+    if talks:
         prompt = prompts.with_thoughts(prompt, rows)
     examples = batches.encode_rows(base.tokenizer, prompt, rows, "training")
     filled = example_packs.pack(examples, s.max_length, s.seed) if s.packing else examples
@@ -114,7 +123,8 @@ def train(run) -> None:
     batches.show_labels(base.tokenizer, examples[0])
     healthy = guards.Guards()
     guards.check_data(healthy, base.tokenizer, prompt, examples)
-    comparison = BeforeAfter(base, prompt, held_out)
+    scored = (base, prompt, held_out)
+    comparison = preferences.PairScores(*scored, examples, s.beta) if pairs else BeforeAfter(*scored)
 
     # 2. Small trainable matrices beside the frozen ones. PEFT freezes the base by itself;
     # prepare_model_for_kbit_training would also copy the embeddings to fp32, several times the adapters.
@@ -131,7 +141,8 @@ def train(run) -> None:
     )
     model = get_peft_model(base.model, qat.register(config, s.qat))
     qat.use_grid(model, "default", s.qat)
-    start = variants.begin(model, base, examples, s)  # what LoraConfig leaves to others
+    # What LoraConfig leaves to others.
+    start = initial.begin(model, base, old, s) if old else variants.begin(model, base, examples, s)
     lora.show_trainable(model)
     if processes.is_sharded():
         sharding.shard_base(model, machine.own_device)
@@ -140,10 +151,12 @@ def train(run) -> None:
     note(f"kernels    {fast.make_fast(model, machine.lane)}")
     if s.packing:
         example_packs.refuse_leaks(model, examples, machine.autocast)
+    if pairs:
+        preferences.use_dpo(model, s.beta)
 
     # 3. All flags have proved possible: the folder may change. What can the base do? Then train.
     run.begin(s)
-    before = comparison.score_before(run, model, rows, start.variant.start)
+    before = comparison.score_before(run, model, rows, start)
     frozen = guards.check_start(healthy, model, examples, machine.autocast, start)
     trainer = QLoRATrainer(model, training_arguments(s, machine), filled, base, run, healthy)
     measured = trainer.train_or_resume()
@@ -214,6 +227,11 @@ def choose_rows(s: TrainSettings, older_run: bool):
     if older_run:  # its prompt stays what it was
         found.answers = data.earlier_answers(found)
     kind, lm, name = found.kind, s.objective == "lm", f"--dataset {s.dataset}"
+    preference, none = s.objective == "preference", "no columns chosen and rejected (and prompt)"
+    require(
+        kind != "pairs" or preference, f"{name} holds pairs (chosen, rejected): add --objective preference"
+    )
+    require(kind == "pairs" or not preference, f"--objective preference learns from pairs: {name} has {none}")
     require(kind != "text" or lm, f"{name} has text but no labels: add --objective lm")
     require(kind != "chat" or not lm, f"{name} holds conversations: train on them without --objective lm")
     require(s.question is None or kind == "labels" and not lm, "--question is asked of labelled rows only")
@@ -263,6 +281,7 @@ def save_adapter(folder, model, base, prompt, run: tuple) -> None:
     variants.save(model, folder, start)
     base.tokenizer.save_pretrained(folder)
     rows = {"seed": s.seed, "eval_samples": s.eval_samples, "samples": s.samples}
+    rows |= {"kind": "pairs"} if s.objective == "preference" else {}
     adapters.save_notes(folder, prompt, base.info, {**data.identity(s.dataset), **rows}, s.qat)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card; ours comes with the report
 

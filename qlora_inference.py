@@ -58,7 +58,7 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, PeftModel, TextStreamer, make_fast
     global adapters, combining, data, evaluation, generation, hardware, hub, loading, measures, merging
-    global plan, prompts, qat, shapes
+    global plan, preferences, prompts, qat, shapes
     from peft import LoraConfig, PeftModel
     from transformers import BitsAndBytesConfig, TextStreamer
 
@@ -79,6 +79,7 @@ def import_libraries() -> None:
     )
     from qlora.fast import make_fast
     from qlora.memory import plan
+    from qlora.training import preferences
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -271,13 +272,17 @@ def evaluate(s: InferSettings, chosen: list, model, base) -> None:
     reviews = prompts.choose_format("sentiment", "labels", SENTIMENT_ANSWERS, TrainSettings.max_length)
     for adapter in chosen or [None]:
         prompt = adapter.prompt if adapter else reviews
-        if prompt is None or not prompt.asks:
+        of_pairs = bool(adapter) and adapter.dataset.get("kind") == "pairs"
+        if prompt is None or not (prompt.asks or of_pairs):
             raise UserError("--evaluate scores answers to labelled rows; this adapter was trained on none")
         own = adapter.dataset.get("name", "imdb") if adapter else "imdb"
         name = s.dataset if s.dataset != "auto" else own
         trained = adapter.trained_on(name) if adapter else {"seed": s.seed}  # the base: on none of them
         rows, found = data.held_out_rows(name, trained, s.eval_samples)
-        match_answers(name, found.answers, prompt.answers)
+        fits = f"--evaluate: {name} holds {found.kind}, and the adapter was trained on "
+        require(of_pairs == (found.kind == "pairs"), fits + ("pairs" if of_pairs else "labels"))
+        if not of_pairs:
+            match_answers(name, found.answers, prompt.answers)
         note(f"data       {found.origin}: {len(rows)} held-out rows")
         if adapter:
             model.set_adapter(adapter.peft_name)
@@ -298,7 +303,12 @@ def match_answers(dataset: str, labels: tuple[str, ...], answers: tuple[str, ...
 
 
 def show_score(base, model, prompt, rows: list, who: str) -> None:
-    """One line on stdout: accuracy, its interval, and the confusion counts."""
+    """One line on stdout: accuracy, its interval, and the confusion counts; of pairs what is counted."""
+    if rows[0].rejected:
+        result = preferences.score_pairs(base, model, prompt, rows, who)
+        said = "log P(chosen) > log P(rejected) in {correct} of {rows} pairs".format(**result)
+        print(f"{who:22} {measures.with_interval(result)}   {said}", flush=True)
+        return
     ids = [prompts.sentiment_prompt(base.tokenizer, prompt, row.text) for row in rows]
     predicted = evaluation.score_answers(base, model, prompt, ids, who).argmax(1).tolist()
     result = evaluation.accuracy_report(predicted, [row.label for row in rows], prompt.answers)

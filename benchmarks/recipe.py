@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import short_training
 
-from config import TrainSettings
+from config import LEARNING_RATE, TrainSettings
 from qlora.hardware import detect, environment
 
 OUT = Path(__file__).parent / "results" / "recipe.json"
@@ -38,7 +38,7 @@ def main() -> None:
     if sys.argv[1:] == ["search"]:
         todo = [TrainSettings(**dict(zip(WHAT, recipe))) for recipe in TRIED]
     elif sys.argv[1:] == ["seeds"]:
-        todo = [TrainSettings(seed=seed) for seed in SEEDS]
+        todo = [TrainSettings(seed=seed, learning_rate=LEARNING_RATE) for seed in SEEDS]
     else:
         raise SystemExit(__doc__)
     record = json.loads(OUT.read_text()) if OUT.exists() else {"rows": []}

@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from transformers import get_linear_schedule_with_warmup, set_seed
 
-from config import BUNDLED, MAX_GRAD_NORM, PAD_MULTIPLE, SENTIMENT_ANSWERS, TrainSettings
+from config import BUNDLED, LEARNING_RATE, MAX_GRAD_NORM, PAD_MULTIPLE, SENTIMENT_ANSWERS, TrainSettings
 from qlora import qat, variants
 from qlora.batches import LengthBatches, collate, encode_rows
 from qlora.data import Row, load_rows, split
@@ -71,7 +71,7 @@ def train(settings: TrainSettings, held_out_rows: int, ready=lambda model: None)
     make_fast(model, base.hardware.lane)
     ready(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate or LEARNING_RATE, weight_decay=0.0)
     batch = settings.batch_size
     order = list(LengthBatches([len(e["input_ids"]) for e in examples], batch, settings.seed))
     steps = len(order) // batch

@@ -1,10 +1,13 @@
 """Rows -> token ids and labels -> padded batches."""
 
+from collections import Counter
+
 import jinja2
 import torch
 
 from qlora import prompts as p
 from qlora.cli import UsageError, UserError, note
+from qlora.control_tokens import marked
 from qlora.conversations import chat_examples
 from qlora.data import Row
 from qlora.logits import IGNORE
@@ -14,9 +17,10 @@ def encode_rows(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -
     """[{input_ids, labels}]; `what` names the rows in messages.
 
     Rows that can't be shortened and exceed max_length are skipped, and a note says how many. A conversation
-    can become several rows.
+    can become several rows; a pair becomes two, see encode_pairs().
     """
-
+    if rows and rows[0].rejected:
+        return encode_pairs(tokenizer, prompt, rows, what)
     encode = {
         "sentiment": lambda row: [p.sentiment_example(tokenizer, prompt, row.text, row.label)],
         "lm": lambda row: [p.lm_example(tokenizer, row.text, prompt.max_length)],
@@ -25,9 +29,8 @@ def encode_rows(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -
     try:
         examples = [encode(row) for row in rows]
         made = [dict(zip(("input_ids", "labels"), example)) for each in examples for example in each]
-    except jinja2.TemplateError as error:  # many templates raise where the roles do not alternate
-        refusal = f"this model's chat template refuses a {what} row ({error})"
-        raise UserError(f"{refusal}; do its roles alternate, user first?") from None
+    except jinja2.TemplateError as error:
+        raise refused_by_template(what, error) from None
     if len(made) > len(rows):
         note(f"note       {len(rows)} {what} conversations became {len(made)} rows: the chat template writes")
         note("           earlier turns differently, so that each such reply needs a row with its own prompt")
@@ -38,6 +41,49 @@ def encode_rows(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -
     if skipped := len(made) - len(kept):
         note(f"note       skipped {skipped} {what} rows longer than --max-length {prompt.max_length}")
     return kept
+
+
+def refused_by_template(what: str, error) -> UserError:
+    """Many chat templates raise where the roles do not alternate."""
+    refusal = f"this model's chat template refuses a {what} row ({error})"
+    return UserError(f"{refusal}; do its roles alternate, user first?")
+
+
+def encode_pairs(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -> list[dict]:
+    """[chosen, rejected, chosen, …], each {input_ids, labels, asked}: labels are the last reply's, `asked` is
+    the number of tokens before it. Pairs that can't be trained on are skipped together, with a note.
+    """
+    kept, left_out, lengths, most = [], Counter(), [], prompt.max_length
+    for row in rows:
+        try:
+            (asked, chosen), (other, rejected) = (
+                p.turn_ids(tokenizer, *marked(tokenizer, talk)) for talk in (row.messages, row.rejected)
+            )
+        except jinja2.TemplateError as error:
+            raise refused_by_template(what, error) from None
+        lengths.append(len(asked) + max(len(chosen), len(rejected)))
+        if asked != other:
+            left_out["whose prompts differ as the chat template writes them"] += 1
+        elif chosen == rejected:
+            left_out["whose replies are the same tokens"] += 1
+        elif lengths[-1] > most:
+            left_out[f"longer than --max-length {most}"] += 1
+        else:
+            kept += [
+                {"input_ids": asked + reply, "labels": [IGNORE] * len(asked) + reply, "asked": len(asked)}
+                for reply in (chosen, rejected)
+            ]
+    if not kept:
+        raise UsageError(f"--max-length {most}: the shortest {what} pair has {min(lengths)} tokens in a half")
+    for reason, count in left_out.items():
+        note(f"note       skipped {count} of {len(rows)} {what} pairs {reason}")
+    return kept
+
+
+def in_pairs(halves: list[dict]) -> list[dict]:
+    """[chosen, rejected, chosen, …] -> pairs, each as long as its longer half; collate() parts them again."""
+    pairs = zip(halves[::2], halves[1::2])
+    return [{**max(pair, key=lambda half: len(half["input_ids"])), "halves": pair} for pair in pairs]
 
 
 def most_labels(examples: list[dict]) -> int:
@@ -60,6 +106,7 @@ def show_labels(tokenizer, example: dict, edge: int = 6) -> None:
 
 
 BLANK = {"input_ids": [0], "labels": [IGNORE]}  # teaches nothing and counts for nothing
+BLANK_PAIR = {**BLANK, "halves": (BLANK, BLANK)}
 
 
 class LengthBatches(torch.utils.data.Sampler):
@@ -112,7 +159,10 @@ def collate(examples: list[dict], pad_id: int, multiple: int = 1) -> dict:
     Of packed rows also position_ids, which go on through the padding: it belongs to a row's last example.
     Padding is masked by position, never by token id: where the pad token is the end token (as in many GGUF
     files), masking by id would hide the end of every answer and the model would never learn to stop.
+    Of pairs both halves in turn, and `reference` (batch,): log P of each reply by the initial model.
     """
+    pairs = any("halves" in e for e in examples)
+    examples = [half for e in examples for half in e.get("halves", (e,))]
     longest = max(len(e["input_ids"]) for e in examples)
     longest += -longest % multiple
     input_ids = torch.full((len(examples), longest), pad_id)
@@ -130,4 +180,6 @@ def collate(examples: list[dict], pad_id: int, multiple: int = 1) -> dict:
                 positions[row] -= len(given) - 1 - given[-1]
                 positions[row, : len(given)] = torch.tensor(given)
         batch["position_ids"] = positions
+    if pairs:
+        batch["reference"] = torch.tensor([e.get("reference", 0.0) for e in examples])
     return batch

@@ -35,6 +35,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "max_steps": (lambda n: n == -1 or 0 < n <= 10**9, "must be -1 (off), or from 1 to 1,000,000,000"),
     "max_length": (lambda n: 8 <= n <= 1 << 20, "must be from 8 to 1,048,576 tokens"),
     "learning_rate": (lambda n: 0 < n < 1, "must be between 0 and 1"),
+    "beta": (lambda n: 0 < n <= 100, "must be above 0 and at most 100"),
     "seed": (lambda n: 0 <= n < 2**32, "must be between 0 and 2**32 - 1"),
     "temperature": (lambda n: 0 <= n <= 100, "must be from 0 (greedy) to 100"),
     "top_p": (lambda n: 0 < n <= 1, "must be above 0 and at most 1"),

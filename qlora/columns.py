@@ -13,6 +13,8 @@ from qlora.hub import asking
 
 # Columns of each format -> kind of rows, in the order in which they are looked for. data.to_row() reads them.
 FORMATS = {
+    ("prompt", "chosen", "rejected"): "pairs",  # before messages: some hub datasets have both
+    ("chosen", "rejected"): "pairs",
     ("text", "label"): "labels",
     ("messages",): "chat",
     ("prompt", "completion"): "chat",

@@ -36,13 +36,19 @@ class Row:
     text: str  # cleaned; for conversations a JSON of the messages, by which duplicates are found
     label: int = -1  # index into the dataset's answers; -1: none
     messages: tuple = ()
+    rejected: tuple = ()  # of a pair: `messages` with the worse reply in the place of the better one
+
+    @property
+    def asked(self) -> str:
+        """What stands before a pair's replies."""
+        return json.dumps(self.messages[:-1])
 
 
 @dataclass
 class RowSet:
     rows: list[Row]
     held_out: list[Row]  # the source's own test split; empty: split off from rows
-    kind: str  # "labels", "chat" or "text"
+    kind: str  # "labels", "chat", "pairs" or "text"
     answers: tuple[str, ...]  # names of the labels
     origin: str  # for the reader
     duplicates_removed: int = 0
@@ -69,7 +75,9 @@ def load_rows(dataset: str) -> RowSet:
     kind = FORMATS[tuple(name for name in table if name != OPTIONAL)]
     names = label_names(table["label"], dataset) if kind == "labels" else []
     found, left_out = to_rows(table, names)
-    tests, left_out_there = to_rows(test, names) if test is not None and kind == "labels" else ([], [])
+    tests, left_out_there = (
+        to_rows(test, names) if test is not None and kind in ("labels", "pairs") else ([], [])
+    )
     rows, removed = without_duplicates(found)
     seen = {row.text for row in rows}
     held_out, removed_there = without_duplicates([row for row in tests if row.text not in seen])
@@ -147,6 +155,8 @@ def reasons(left_out: list[tuple[str, int]]) -> str:
 
 def to_row(cells: dict, index: dict[str, int]) -> Row:
     """A row of one of FORMATS; `index` gives each label its number. Raises Unusable."""
+    if "rejected" in cells:
+        return pair(cells)
     if "messages" in cells:
         return conversation(cells["messages"])
     if "text" not in cells:
@@ -214,6 +224,58 @@ def conversation(talk) -> Row:
     return Row(clean(json.dumps(messages)), messages=tuple(messages))
 
 
+def pair(cells: dict) -> Row:
+    """The row of (prompt, chosen, rejected), or of two conversations that differ in their last reply."""
+    talks = [conversation(whole_talk(cells, half)).messages for half in ("chosen", "rejected")]
+    (*asked, chosen), (*other, rejected) = talks
+    check(asked == other, "chosen and rejected with different prompts")
+    check(chosen["role"] == rejected["role"] == "assistant", "a chosen or rejected that ends with no reply")
+    check(chosen["content"].strip() != rejected["content"].strip(), "chosen and rejected that are equal")
+    return Row(clean(json.dumps(talks)), messages=talks[0], rejected=talks[1])
+
+
+def whole_talk(cells: dict, half: str) -> list:
+    """The messages of `chosen` or `rejected` with those of `prompt`, which some datasets repeat in them."""
+    reply = as_messages(cells[half], "assistant", half)
+    if "prompt" not in cells:
+        check(reply[:1] and len(reply) > 1, f"a {half} that is no conversation, and no prompt")
+        return reply
+    repeated = isinstance(reply[0], dict) and reply[0].get("role") in ("system", "user")
+    return reply if repeated else as_messages(cells["prompt"], "user", "prompt") + reply
+
+
+def as_messages(value, role: str, column: str) -> list:
+    """[{role, content}, …] of such a list, its JSON, "\\n\\nHuman: …\\n\\nAssistant: …", or a text."""
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    if not isinstance(value, list):
+        text = as_text(value, column)
+        parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+        if len(parts) < 3 or parts[0].strip():
+            check(text.strip(), f"no {column}")
+            return [{"role": role, "content": text}]
+        roles = ["user" if who == "Human" else "assistant" for who in parts[1::2]]
+        value = [{"role": r, "content": said.strip()} for r, said in zip(roles, parts[2::2])]
+        value = value[:-1] if value[-1]["content"] == "" and role == "user" else value  # "…Assistant:" alone
+    check(value, f"no {column}")
+    return value
+
+
+def by_prompt(rows: list[Row]) -> list[Row]:
+    """Pairs with the same prompt beside each other, in the order of their first ones."""
+    place: dict[str, int] = {}
+    for row in rows:
+        place.setdefault(row.asked, len(place))
+    return sorted(rows, key=lambda row: place[row.asked])
+
+
+def without_prompts_of(held_out: list[Row], rows: list[Row]) -> list[Row]:
+    """The pairs whose prompts no held-out pair has."""
+    seen = {row.asked for row in held_out}
+    return [row for row in rows if row.asked not in seen]
+
+
 def without_duplicates(rows: list[Row]) -> tuple[list[Row], int]:
     """The first row of each text, and how many were removed.
 
@@ -231,9 +293,12 @@ def split(found: RowSet, samples: int, eval_samples: int, seed: int) -> tuple[li
     """
     pool, held_out = _shuffled(found.rows, seed), _shuffled(found.held_out, seed)
     if not held_out:
+        pool = by_prompt(pool) if found.kind == "pairs" else pool
         held_out = evenly(pool, eval_samples)
         chosen = set(map(id, held_out))
         pool = [row for row in pool if id(row) not in chosen]
+    if found.kind == "pairs":
+        pool = without_prompts_of(held_out, pool)
     available = len(found.held_out) or len(found.rows)
     if len(held_out) < eval_samples or not pool:
         raise UsageError(f"--eval-samples {eval_samples}: the dataset has {available} different rows in all")

@@ -14,7 +14,7 @@ from qlora import prompts as p
 from qlora.batches import collate
 from qlora.cli import progress
 from qlora.cpu.attach import usable
-from qlora.logits import IGNORE, causal_lm, hidden_states, logits_from, states_at
+from qlora.logits import IGNORE, causal_lm, hidden_states, log_p_of_rows, logits_from, states_at
 from qlora.measures import wilson
 
 # Tokens per evaluation batch: enough to fill a CPU's or a GPU's matrix units, little enough for any memory.
@@ -121,6 +121,22 @@ def accuracy_report(predicted: Sequence[int], truth: Sequence[int], answers: Seq
         confusion[answers[true]][answers[said]] += 1
     result = {"accuracy": correct / len(truth), "low": low, "high": high}
     return result | {"correct": correct, "rows": len(truth), "confusion": confusion}
+
+
+@torch.no_grad()
+def log_p_of_labels(model, examples: list[dict], autocast, progress=lambda n: None) -> list[float]:
+    """log P of all labelled tokens of each example together."""
+    device, lm = next(model.parameters()).device, causal_lm(model)
+    model.eval()
+    result = [0.0] * len(examples)
+    with autocast():
+        for batch in _by_length([e["input_ids"] for e in examples], 0, device.type):
+            inputs = collate([examples[i] for i in batch], 0, PAD_MULTIPLE)
+            sums = log_p_of_rows(lm, inputs["input_ids"].to(device), inputs["labels"].to(device))
+            for i, value in zip(batch, sums.tolist()):
+                result[i] = value
+            progress(len(batch))
+    return result
 
 
 @torch.no_grad()

@@ -84,25 +84,34 @@ def loss_at_labels(lm, labelled=labelled_states) -> None:
             return original(input_ids=input_ids, **kwargs)
         kwargs.pop("use_cache", None)
         picked, targets = labelled(self, input_ids, labels, **kwargs)
-        total = _total_loss(self, picked, targets)
+        total = token_losses(self, picked, targets).sum()
         count = targets.numel() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=total / count)
 
     lm.forward = types.MethodType(forward, lm)
 
 
-def _total_loss(lm, hidden, targets):
+def log_p_of_rows(lm, input_ids, labels, **kwargs) -> torch.Tensor:
+    """log P of each row's labelled tokens together (batch,), 0 where there are none; with its gradient."""
+    labelled = labels[:, 1:] != IGNORE
+    hidden, targets = labelled_states(lm, input_ids, labels, **kwargs)
+    losses = token_losses(lm, hidden, targets)
+    return -losses.new_zeros(labelled.shape).masked_scatter(labelled, losses).sum(1)
+
+
+def token_losses(lm, hidden, targets) -> torch.Tensor:
+    """-log P (positions,) in fp32 of targets (positions,) by hidden states (positions, width)."""
     head = lm.get_output_embeddings()
     plain = head.bias is None and not getattr(lm.config, "final_logit_softcapping", None)
     if plain and usable(lm) and hidden.requires_grad and not head.weight.requires_grad:
         return HeadLoss.apply(hidden, targets, head.weight)
     chunks = zip(hidden.split(CHUNK_POSITIONS), targets.split(CHUNK_POSITIONS))
-    return sum(_chunk_loss(lm, h, t) for h, t in chunks)
+    return torch.cat([_chunk_losses(lm, h, t) for h, t in chunks])
 
 
-def _chunk_loss(lm, hidden, targets):
+def _chunk_losses(lm, hidden, targets):
     def loss(hidden, targets):
-        return F.cross_entropy(logits_from(lm, hidden), targets, reduction="sum")
+        return F.cross_entropy(logits_from(lm, hidden), targets, reduction="none")
 
     # Full chunks (objective lm) are recomputed in the backward pass instead of kept.
     if hidden.shape[0] == CHUNK_POSITIONS and torch.is_grad_enabled():

@@ -47,7 +47,7 @@ def choose_format(objective: str, kind: str, answers: tuple, max_length: int, qu
 
     `question` replaces either of them; it follows the text unless it says itself where {text} goes.
     """
-    if objective == "lm" or kind == "chat":
+    if objective == "lm" or kind in ("chat", "pairs"):
         return PromptFormat("lm" if objective == "lm" else "chat", max_length)
     reviews = answers == SENTIMENT_ANSWERS and question is None
     asked = question or (SENTIMENT_QUESTION if reviews else f"Which label fits: {', '.join(answers)}?")

@@ -42,6 +42,7 @@ class Start:
     # LoftQ: |W - Q| and |W - Q - s B A| relative to |W|, of each layer; W original, Q quantized
     distances: dict[str, tuple[float, float]] = field(default_factory=dict)
     untouched: Callable[[Path | None], torch.nn.Module] | None = None  # see untouched_base
+    initial: Path | None = None  # folder of the adapter that the run goes on from
 
 
 def check_variant(name: str, precision: str) -> None:

@@ -36,6 +36,8 @@ FITS = {True: "fits", False: "does not fit"}
 def training_job(settings, hardware: Hardware, labels: int = 2) -> Job:
     """The job that these settings (of training or of the demo) describe here; rows of text are all labels."""
     same = {f.name: getattr(settings, f.name) for f in fields(Job) if hasattr(settings, f.name)}
+    if getattr(settings, "objective", "") == "preference":  # a pair is two rows
+        same["batch_size"] *= 2
     return replace(
         Job(**same),
         device=hardware.device,

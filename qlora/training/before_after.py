@@ -16,9 +16,13 @@ from qlora import prompts as p
 from qlora.batches import encode_rows
 from qlora.cli import UserError, note, progress
 from qlora.data import Row, evenly
-from qlora.files import write_record
+from qlora.files import sha256_of, write_record
 from qlora.loading import Base
 from qlora.training.run_folder import BEFORE, Run
+from qlora.variants import WEIGHTS, Start
+
+FROM_START = ("initial", "pairs", "reference")  # measured of the model as training begins, not of the base
+UNTRAINED = ("base_zero_shot", "base_few_shot", "bag_of_words", "initial")
 
 
 class BeforeAfter:
@@ -32,31 +36,39 @@ class BeforeAfter:
         else:
             self.examples = encode_rows(base.tokenizer, prompt, held_out, "held-out")
 
-    def score_before(self, run: Run, model, train_rows: list[Row], start: str = "base") -> dict:
+    def score_before(self, run: Run, model, train_rows: list[Row], start: Start) -> dict:
         """What the base can do: `model` with its adapter off; part by part, so --resume need not repeat it.
 
-        Where a part of the base was moved into the adapter (`start` "split") the base is both together.
+        Where a part of the base was moved into the adapter the base is both together. What is scored of the
+        model as training begins, see FROM_START, has its adapter on.
         """
-        asked, before = self._fingerprint(train_rows), processes.told_by_first(run.kept())
+        asked, before = self._fingerprint(train_rows, start), processes.told_by_first(run.kept())
         if "fingerprint" not in before:  # nothing yet, or scores of an older version: measured again
             before = {"fingerprint": asked, "revision": self.base.info.revision}
         elif before["fingerprint"] != asked:
             what = "dataset, prompt or base model have changed since this run began"
             raise UserError(f"{run.out}: {what}; start again with --overwrite")
-        parts = {
+        for name, measure in self.parts(model, train_rows).items():
+            with_adapter = start.variant.start == "split" or name in FROM_START
+            with_adapter |= start.initial is not None and name == "perplexity"
+            if name in before or name == "initial" and not start.initial:
+                continue
+            with contextlib.nullcontext() if with_adapter else model.disable_adapter():
+                before |= measure()
+            if processes.is_first():
+                write_record(run.out / BEFORE, before)
+        return before
+
+    def parts(self, model, train_rows: list[Row]) -> dict:
+        """{name: what measures it before training, as a dict for before.json}"""
+        if not self.prompt.asks:
+            return {"perplexity": lambda: {"perplexity": self._perplexity(model, "before")}}
+        return {
             "base_zero_shot": lambda: self._zero_shot(model),
             "base_few_shot": lambda: self._few_shot(model, train_rows),
             "bag_of_words": lambda: {"bag_of_words": self._report(bag_of_words(train_rows, self.held_out))},
+            "initial": lambda: {"initial": self._labels(model, "initial adapter")},
         }
-        if not self.prompt.asks:
-            parts = {"perplexity": lambda: {"perplexity": self._perplexity(model, "base")}}
-        with contextlib.nullcontext() if start == "split" else model.disable_adapter():
-            for name, measure in parts.items():
-                if name not in before:
-                    before |= measure()
-                    if processes.is_first():
-                        write_record(run.out / BEFORE, before)
-        return before
 
     def score_after(self, model, before: dict) -> dict:
         """The report's `evaluation`: `before`, the tuned model on the same rows, and what changed."""
@@ -80,13 +92,16 @@ class BeforeAfter:
         ]
         return {
             "rows": len(self.held_out),
-            **{k: before[k] for k in ("base_zero_shot", "base_few_shot", "bag_of_words") if before.get(k)},
+            **{k: before[k] for k in UNTRAINED if before.get(k)},
             "tuned": self._report(scores.argmax(1).tolist()),
             "flips": {"fixed": len(changed["fixed"]), "broken": len(changed["broken"]), "examples": examples},
         }
 
     def _scores(self, model, prompts: list[list[int]], who: str) -> np.ndarray:
         return e.score_answers(self.base, model, self.prompt, prompts, who)
+
+    def _labels(self, model, who: str) -> dict:
+        return self._report(self._scores(model, self.prompts, who).argmax(1).tolist())
 
     def _report(self, predicted: Sequence[int]) -> dict:
         return e.accuracy_report(predicted, self.truth, self.prompt.answers)
@@ -112,13 +127,16 @@ class BeforeAfter:
         scores = self._scores(model, prompts, f"base, {len(shots)} examples")
         return {"base_few_shot": self._report(scores.argmax(1).tolist()) | {"examples": len(shots)}}
 
-    def _fingerprint(self, train_rows: list[Row]) -> str:
+    def _fingerprint(self, train_rows: list[Row], start: Start) -> str:
         """sha256 of what a run asks and of whom: scores of one run say nothing about another."""
         rows = [[(row.text, row.label) for row in part] for part in (train_rows, self.held_out)]
         prompt = asdict(self.prompt)
         if not self.prompt.thinking:  # as it was before there was the setting
             del prompt["thinking"]
-        return hashlib.sha256(json.dumps([prompt, self.base.info.revision, rows]).encode()).hexdigest()
+        asked = [prompt, self.base.info.revision, rows]
+        if start.initial:
+            asked.append(sha256_of(start.initial / WEIGHTS))
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def shortest(tokenizer, rows: list[Row], count: int) -> list[tuple[str, int]]:

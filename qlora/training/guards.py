@@ -17,6 +17,7 @@ from qlora.cli import UserError, note
 from qlora.logits import IGNORE, causal_lm, last_logits
 from qlora.measures import relative_error
 from qlora.prompts import PromptFormat, end_ids
+from qlora.training.preferences import pairs_differ, starts_at_log_2
 from qlora.variants import Start
 
 # What to do when a guard fires.
@@ -25,6 +26,9 @@ FIXES = {
     "end_supervised": "end token masked or cut off: mask by position, not by token id; raise --max-length",
     "starts_as_base": "the adapter changes the model before training: is an old one loaded, or B not zero?",
     "starts_nearer": "LoftQ's A and B make up for nothing: is the base on the disk still the same?",
+    "starts_as_initial": "what would be trained is not --init-adapter's: check its adapter_model.safetensors",
+    "pairs_differ": "such pairs teach nothing: qlora/batches.py has to leave them out",
+    "starts_at_log_2": "the reference is of another model: start again with --overwrite",
     "loss_is_models_own": "qlora/logits.py must do what this model does to its logits (softcap? scaling?)",
     "nothing_repacked": "4-bit weights were repacked: call qlora.loading.never_repack after loading",
     "all_matrices_learn": "is the model in training mode, is anything detached, do all modules take part?",
@@ -62,12 +66,16 @@ def check_data(guards: Guards, tokenizer, prompt: PromptFormat, train: list[dict
     labels_present(guards, train)
     if prompt.objective != "lm":  # plain text may be cut before its end
         end_supervised(guards, train, end_ids(tokenizer))
+    if "asked" in train[0]:
+        pairs_differ(guards, train)
 
 
 def check_start(guards: Guards, model, train: list[dict], autocast, start: Start) -> str:
     """Before the first step; returns the hash of the frozen base."""
     probe = probe_batch(model, train)
-    if start.distances:
+    if start.initial:
+        starts_as_initial(guards, model, start.initial, probe["input_ids"], autocast)
+    elif start.distances:
         starts_nearer(guards, start.distances)
     elif start.untouched:
         starts_as_untouched(guards, model, probe["input_ids"], autocast, start.untouched())
@@ -76,6 +84,8 @@ def check_start(guards: Guards, model, train: list[dict], autocast, start: Start
         starts_as_base(guards, model, probe["input_ids"], autocast, exact)
     loss_is_models_own(guards, model, probe, autocast)
     nothing_repacked(guards, model, probe, autocast)
+    if "reference" in train[0]:
+        starts_at_log_2(guards, model, train, autocast)
     return frozen_hash(model)
 
 
@@ -207,6 +217,21 @@ def base_unchanged(guards: Guards, before: str, model) -> None:
 
 def reloads_same(guards: Guards, model, folder: Path, input_ids, autocast) -> None:
     """The adapter read back from disk must give the logits of the one in memory."""
+    gap, limit = _gap(*_here_and_on_disk(model, folder, input_ids, autocast), 1e-3)
+    detail = f"largest difference of logits after saving and loading: {gap:.3g}"
+    guards.check("reloads_same", gap <= limit, detail)
+
+
+def starts_as_initial(guards: Guards, model, folder: Path, input_ids, autocast) -> None:
+    """A run that goes on from an adapter starts with the logits of that adapter, loaded by PEFT alone."""
+    here, there = _here_and_on_disk(model, folder, input_ids, autocast)
+    gap, limit = _gap(here, there, 1e-5)
+    detail = f"logits at step 0 are off the initial adapter's by {gap:.3g} (allowed {limit:.3g})"
+    guards.check("starts_as_initial", gap <= limit, detail)
+
+
+def _here_and_on_disk(model, folder: Path, input_ids, autocast) -> tuple:
+    """Logits of the adapter in memory, and of the one in `folder` in its place."""
     here = last_logits(model, input_ids, autocast)
     model.load_adapter(str(folder), adapter_name="reloaded", is_trainable=False)
     qat.use_grid(model, "reloaded", qat.grid_of(model, "default"))
@@ -217,9 +242,7 @@ def reloads_same(guards: Guards, model, folder: Path, input_ids, autocast) -> No
         model.set_adapter("default")
         qat.use_grid(model, "reloaded", None)
         model.delete_adapter("reloaded")
-    gap = (here - there).abs().max().item()
-    detail = f"largest difference of logits after saving and loading: {gap:.3g}"
-    guards.check("reloads_same", gap <= 1e-3 * here.abs().max().item(), detail)
+    return here, there
 
 
 def reloads_on_untouched(guards: Guards, model, input_ids, autocast, reloaded) -> None:

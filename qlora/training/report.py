@@ -18,15 +18,21 @@ COLUMNS = {
     "base_zero_shot": "base, zero-shot",
     "base_few_shot": "base, {examples} examples",
     "bag_of_words": "bag of words",
+    "initial": "initial adapter",
     "tuned": "tuned (this adapter)",
 }
 HEADERS = ("", "accuracy", "95% interval")
+PAIR_COLUMNS = {
+    "before": "before: log P(chosen) > log P(rejected)",
+    "after": "after: log P(chosen) > log P(rejected)",
+    "reward": "after: implicit reward of chosen higher",
+}
 
 
 def data_section(found, train: list[dict], eval_rows: int) -> dict:
     return {
         "origin": found.origin,
-        "train_rows": len(train),
+        "train_rows": len(train) // (2 if found.kind == "pairs" else 1),
         "eval_rows": eval_rows,
         "train_tokens": sum(len(e["input_ids"]) for e in train),
         "supervised_tokens": sum(label != IGNORE for e in train for label in e["labels"][1:]),
@@ -68,10 +74,10 @@ def train_section(measured: dict, history: list[dict]) -> dict:
     }
 
 
-def accuracy_rows(evaluation: dict) -> list[tuple[str, str, str]]:
-    """[(who, accuracy, 95% interval)] in the order of COLUMNS."""
+def accuracy_rows(evaluation: dict, columns: dict = COLUMNS) -> list[tuple[str, str, str]]:
+    """[(who, accuracy, 95% interval)] in the order of `columns`."""
     rows = []
-    for key, title in COLUMNS.items():
+    for key, title in columns.items():
         if r := evaluation.get(key):
             interval = f"{percent(r['low'])} to {percent(r['high'])}"
             rows.append((title.format(**r), percent(r["accuracy"]), interval))
@@ -100,10 +106,27 @@ def perplexity_line(evaluation: dict) -> str:
     return f"perplexity on {evaluation['rows']} held-out rows ({before['tokens']} tokens): {change}"
 
 
+def pairs_lines(evaluation: dict) -> list[str]:
+    """Two sentences on held-out pairs: what they are, and by how much replies are preferred."""
+    pairs, prompts = evaluation["pairs"], evaluation["prompts"]
+    then, now, reward = (pairs[key]["mean_margin"] for key in ("before", "after", "reward"))
+    shorter = f"in {percent(pairs['shorter_chosen'])} of them the chosen reply is the shorter one"
+    return [
+        f"{evaluation['rows']} held-out pairs ({prompts} prompts, none of them trained on); {shorter}.",
+        f"Mean of log P(chosen) - log P(rejected): {then:.1f} nats before, {now:.1f} after; "
+        f"implicit reward (beta {pairs['beta']:g}): {reward:+.2f}, loss {pairs['loss']:.3f} (log 2 = 0.693).",
+    ]
+
+
 def show_result(report: dict) -> None:
     """The result on stdout, what it cost on stderr."""
     evaluation = report["evaluation"]
     note(f"training   {train_line(report['train'])}\n           {memory_line(report['memory'])}\n")
+    if "pairs" in evaluation:
+        first, second = pairs_lines(evaluation)
+        rows = accuracy_rows(evaluation["pairs"], PAIR_COLUMNS)
+        print(first, table(HEADERS, rows), second, sep="\n")
+        return
     if "tuned" not in evaluation:
         print(perplexity_line(evaluation))
         return
@@ -131,7 +154,10 @@ def markdown(report: dict) -> str:
     versions = ", ".join(f"{name} {env[name]}" for name in ("torch", "transformers", "peft", "bitsandbytes"))
     counts = f"{lora['trainable_parameters']:,} of {lora['all_parameters']:,} ({lora['percent']:.2f}%)"
     facts = [
-        ("training rows, tokens", f"{data['train_rows']}, {data['train_tokens']}"),
+        (
+            f"training {'pairs' if 'pairs' in evaluation else 'rows'}, tokens",
+            f"{data['train_rows']}, {data['train_tokens']}",
+        ),
         ("supervised tokens", data["supervised_tokens"]),
         ("duplicates removed before the split", data["duplicates_removed"]),
         ("trainable parameters", f"{counts}, {lora['bytes'] / 1e6:.1f} MB"),
@@ -139,12 +165,18 @@ def markdown(report: dict) -> str:
         ("memory", f"weights {memory['weights_bytes'] / 1e9:.2f} GB, {memory_line(memory)}"),
         ("guards that held", f"{len(guards)}: {', '.join(guards)}"),
     ]
-    scores = accuracy_parts(evaluation) if "tuned" in evaluation else [perplexity_line(evaluation) + "."]
+    if "pairs" in evaluation:
+        first, second = pairs_lines(evaluation)
+        scores = [first, markdown_table(HEADERS, accuracy_rows(evaluation["pairs"], PAIR_COLUMNS)), second]
+    else:
+        scores = accuracy_parts(evaluation) if "tuned" in evaluation else [perplexity_line(evaluation) + "."]
     title = f"# {report['base']['name']} + LoRA on {report['settings']['dataset']}"
     machine = f"{env['device_name']}, {env['dtype']} ({env['why']}); {versions}."
     if grid := report["settings"].get("qat"):
         through = f"every merged weight W + s B A went through its grid (`--qat {grid}`)"
         machine += f" Trained for {grid}: {through}; PEFT alone computes without it."
+    if (initial := report["settings"].get("init_adapter")) not in (None, "None"):
+        machine += f" Went on from the adapter `{initial}`."
     return "\n\n".join([title, machine, *scores, markdown_table(("", ""), facts), "![loss](curves.png)\n"])
 
 
@@ -220,7 +252,11 @@ def draw_curves(path: Path, history: list[dict], report: dict) -> None:
     left.plot(steps, losses, color="#bbbbbb", linewidth=0.8, label="each step")
     left.plot(steps, smooth, color=COLOURS[0], linewidth=2, label="smoothed (0.9)")
     # The first steps learn the answer's form, at ten times the loss of what follows: a log scale.
-    left.set(title="training loss", xlabel="step", ylabel="nats per supervised token", yscale="log")
+    unit = "nats per supervised token"
+    if "pairs" in report["evaluation"]:
+        left.axhline(0.6931, color=COLOURS[1], linewidth=0.8, label="log 2: as the reference")
+        unit = "DPO's loss per pair"
+    left.set(title="training loss", xlabel="step", ylabel=unit, yscale="log")
     left.legend(frameon=False)
     right.plot(steps, [h.get("grad_norm", float("nan")) for h in history], color=COLOURS[3], linewidth=1)
     right.set(title="gradient norm before clipping", xlabel="step", ylabel="all LoRA matrices", yscale="log")

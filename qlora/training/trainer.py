@@ -14,12 +14,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from config import KEEP_CHECKPOINTS, PAD_MULTIPLE
 from qlora import processes
-from qlora.batches import BLANK, LengthBatches, collate
+from qlora.batches import BLANK, BLANK_PAIR, LengthBatches, collate, in_pairs
 from qlora.cli import note
 from qlora.files import broken_files, discard, publish, scratch, seal
 from qlora.hardware import peak_memory_bytes, return_freed_memory
 from qlora.live_bytes import StepPeak
 from qlora.training.guards import Guards, all_matrices_learn, check_step
+from qlora.training.preferences import real_pairs
 from qlora.training.run_folder import Run
 
 MEASURED = "measured.json"
@@ -62,8 +63,11 @@ class QLoRATrainer(Trainer):
         self.guards, self.run, self.counts = guards, run, Counts(run.started, args.device.type)
         self.interrupt, self._staging = Interrupt(), None
         collator = partial(collate, pad_id=base.tokenizer.pad_token_id, multiple=PAD_MULTIPLE)
+        blank = BLANK
+        if "reference" in train_dataset[0]:  # preferences: a row is a pair
+            train_dataset, blank = in_pairs(train_dataset), BLANK_PAIR
         if processes.count() > 1:
-            train_dataset = [*train_dataset, BLANK]
+            train_dataset = [*train_dataset, blank]
         super().__init__(model, args, collator, train_dataset, processing_class=base.tokenizer)
         self.watch = Watch(self)
         self.add_callback(self.watch)
@@ -111,7 +115,7 @@ class QLoRATrainer(Trainer):
             super()._load_scaler(checkpoint)
 
     def _get_train_sampler(self, train_dataset=None):
-        lengths = [len(e["input_ids"]) for e in self.train_dataset if e is not BLANK]
+        lengths = [len(e["input_ids"]) for e in self.train_dataset if not (e is BLANK or e is BLANK_PAIR)]
         return LengthBatches(lengths, self.args.train_batch_size, self.args.seed, processes.count())
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -120,6 +124,13 @@ class QLoRATrainer(Trainer):
         (tokens,) = processes.added_up([sum(batch.pop("real_tokens") for batch in batches)], device)
         self.counts.real_tokens += int(tokens)
         return batches, labels
+
+    def _get_num_items_in_batch(self, batches: list, device):
+        """Labels in the batches of one update, of all processes together; of pairs their number."""
+        if not batches or "reference" not in batches[0]:
+            return super()._get_num_items_in_batch(batches, device)
+        (pairs,) = processes.added_up([sum(int(real_pairs(b["labels"]).sum()) for b in batches)], device)
+        return int(pairs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         width = inputs["input_ids"].shape[1]
