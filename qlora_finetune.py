@@ -11,11 +11,15 @@ import contextlib
 import dataclasses
 import shlex
 from collections.abc import Sequence
+from datetime import datetime
 
 from config import LORA_VARIANTS, MAX_GRAD_NORM, TrainSettings
 from qlora import processes
 from qlora.cli import UsageError, note, parse, require, run
+from qlora.training import trackers
 from qlora.training.run_folder import open_run, saved_settings
+
+KEPT_AS_IS = (int, float, tuple, type(None))  # settings of these types: in report.json as they are
 
 
 def read_settings(argv: Sequence[str] | None) -> TrainSettings:
@@ -26,6 +30,7 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
         s = parse(TrainSettings, argv, __doc__, default=earlier)
     require(not (s.resume and s.overwrite), "--resume and --overwrite: choose one of them")
     require(s.question is None or s.question.strip() != "", "--question is empty")
+    trackers.check(s)
     if s.qat:
         alone = f"--qat {s.qat} rounds one merged weight a layer"
         whole = s.lora_variant not in ("dora", "pissa", "olora")
@@ -39,7 +44,7 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
     global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, packed, plan, prompts
-    global qat, report, shapes, sharding, sources, variants, BeforeAfter, QLoRATrainer
+    global qat, report, shapes, sharding, sources, variants, watching, BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
@@ -62,7 +67,7 @@ def import_libraries() -> None:
         variants,
     )
     from qlora.memory import plan
-    from qlora.training import guards, report, sharding
+    from qlora.training import guards, report, sharding, watching
     from qlora.training.before_after import BeforeAfter
     from qlora.training.trainer import QLoRATrainer
 
@@ -80,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(run) -> None:
     """The whole job, in the order in which it happens."""
     s, machine = choose_model(run.settings)
+    s = dataclasses.replace(s, run_name=s.run_name or trackers.default_name(s))
     variants.check_variant(s.lora_variant, s.precision)
     with processes.first_goes_first():  # the others find what it fetched
         rows, held_out, found = choose_rows(s, run.older)
@@ -140,7 +146,8 @@ def train(run) -> None:
     run.begin(s)
     before = comparison.score_before(run, model, rows, start.variant.start)
     frozen = guards.check_start(healthy, model, examples, machine.autocast, start)
-    trainer = QLoRATrainer(model, training_arguments(s, machine), examples, base, run, healthy)
+    arguments, held_out = training_arguments(s, machine), watching.of_run(s, comparison)
+    trainer = QLoRATrainer(model, arguments, examples, base, run, healthy, held_out)
     measured = trainer.train_or_resume()
     guards.check_training(healthy, [step["loss"] for step in trainer.history], measured["applied_updates"])
 
@@ -163,12 +170,17 @@ def train(run) -> None:
     weights_bytes = base.model.get_memory_footprint() - lora_size["bytes"]
     record = {
         "environment": hardware.environment(machine),
-        "settings": {k: v if isinstance(v, (int, float, type(None))) else str(v) for k, v in vars(s).items()},
+        "name": s.run_name,
+        "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "settings": {k: v if isinstance(v, KEPT_AS_IS) else str(v) for k, v in vars(s).items()},
         "base": dataclasses.asdict(base.info),
         "data": report.data_section(found, examples, evaluation["rows"]),
         "lora": lora_size,
         "memory": report.memory_section(machine.device, measured, predicted, weights_bytes),
         "train": report.train_section(measured, trainer.history),
+        "during_training": watching.section(
+            held_out, trainer.state, s.eval_steps, measured["scoring_seconds"]
+        ),
         "evaluation": evaluation,
         "guards": healthy.results,
         "seconds": trainer.counts.measured()["run_seconds"],
@@ -242,7 +254,11 @@ def training_arguments(s: TrainSettings, machine):
         logging_nan_inf_filter=False,  # the default logs 0 for a NaN loss; the guards want to see it
         save_steps=s.save_steps,
         remove_unused_columns=False,
-        report_to="none",
+        eval_strategy="steps" if s.eval_steps else "no",
+        eval_steps=s.eval_steps,
+        run_name=s.run_name,
+        project=trackers.PROJECT,
+        report_to=trackers.prepare(s, s.output_dir),
         disable_tqdm=True,
         ddp_find_unused_parameters=False,  # every matrix takes part in every step
     )
