@@ -163,7 +163,7 @@ def train(run) -> None:
             files.publish_sealed(aside, run.out)
     processes.wait()
     note(f"guards     all {len(healthy.results)} held")
-    evaluation = comparison.score_after(model, before)
+    evaluation = comparison.score_after(model, before, held_out.chooses_on if held_out else 0)
     if not processes.is_first():
         return
     lora_size = report.lora_section(model)

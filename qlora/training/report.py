@@ -9,7 +9,7 @@ from qlora.cli import note
 from qlora.files import write_json, write_text
 from qlora.hardware import peak_memory_bytes
 from qlora.logits import IGNORE
-from qlora.measures import percent
+from qlora.measures import percent, with_interval
 from qlora.pictures import COLOURS, new_axes, save
 from qlora.tables import markdown_table, table
 from qlora.weights import trainable_and_all
@@ -176,6 +176,9 @@ def accuracy_parts(evaluation: dict) -> list[str]:
     confusion = [[truth, *row.values()] for truth, row in counts.items()]
     parts = [f"On the same {evaluation['rows']} held-out rows:"]
     parts.append(markdown_table(HEADERS, accuracy_rows(evaluation)))
+    if others := evaluation.get("tuned_on_others"):
+        chose = evaluation["rows"] - others["rows"]
+        parts.append(f"{chose} of these rows chose the step; on the others: {with_interval(others)}.")
     parts.append(f"Training fixed {flips['fixed']} rows and broke {flips['broken']}.")
     parts.append(markdown_table(("truth \\ tuned says", *counts), confusion))
     for each in flips["examples"]:

@@ -12,11 +12,8 @@ from pathlib import Path
 import torch
 
 from config import WATCHED_ROWS
-from qlora import evaluation as e
 from qlora import processes
-from qlora import prompts as p
 from qlora.files import broken_files
-from qlora.logits import IGNORE
 from qlora.training.before_after import BeforeAfter
 
 Scorer = Callable[[torch.nn.Module], dict]  # model -> {"loss": …, perhaps "accuracy": …}
@@ -45,6 +42,11 @@ class HeldOut:
         """Whether the best step's adapter is the one that is saved: --early-stopping asks for it."""
         return self.patience is not None
 
+    @property
+    def chooses_on(self) -> int:
+        """How many rows choose the step that is saved; 0: none do."""
+        return self.rows if self.keeps_best else 0
+
     def is_over(self, history: list[dict]) -> bool:
         """Whether the last `patience` scorings of a log_history were no better than one before them."""
         if not self.keeps_best:
@@ -58,31 +60,7 @@ def of_run(settings, comparison: BeforeAfter) -> HeldOut | None:
     if settings.eval_steps is None:
         return None
     rows = min(WATCHED_ROWS, len(comparison.held_out))
-    return HeldOut(scorer(comparison, rows), rows, settings.early_stopping)
-
-
-def scorer(comparison: BeforeAfter, rows: int) -> Scorer:
-    """Mean loss per supervised token, as in training, and of labelled rows the accuracy."""
-    base, prompt = comparison.base, comparison.prompt
-    autocast = base.hardware.autocast
-    if not prompt.asks:
-        examples = comparison.examples[:rows]
-        return lambda model: {"loss": e.perplexity(model, examples, autocast)["loss"]}
-    asked, truth = comparison.prompts[:rows], comparison.truth[:rows]
-    answers = [p.answer_ids(base.tokenizer, prompt, label) for label in range(len(prompt.answers))]
-    examples = [
-        {"input_ids": ids + answers[label], "labels": [IGNORE] * len(ids) + answers[label]}
-        for ids, label in zip(asked, truth)
-    ]
-
-    def score(model) -> dict:
-        loss, predicted = e.loss_and_labels(model, examples, answers, autocast)
-        if predicted is None:  # answers that begin alike are told apart by their ends
-            work = lambda mine: list(e.score_labels(model, mine, answers, autocast))
-            predicted = [int(row.argmax()) for row in processes.shared_out(asked, work)]
-        return {"loss": loss, "accuracy": sum(a == b for a, b in zip(predicted, truth)) / rows}
-
-    return score
+    return HeldOut(comparison.scorer(rows), rows, settings.early_stopping)
 
 
 def points(history: list[dict]) -> list[dict]:
