@@ -1,4 +1,4 @@
-"""Finished runs side by side (qlora_inference.py --runs), one line for each report.json; no model is loaded."""
+"""Finished runs side by side (qlora_inference.py --runs), a line for each report.json; loads no model."""
 
 from collections.abc import Sequence
 from datetime import datetime

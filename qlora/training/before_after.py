@@ -62,7 +62,7 @@ class BeforeAfter:
     def score_after(self, model, before: dict, chosen_on: int = 0) -> dict:
         """The report's `evaluation`: `before`, the tuned model on the same rows, and what changed.
 
-        `chosen_on`: how many of the first rows chose the step that is saved; the others are also scored apart.
+        `chosen_on`: how many of the first rows chose the step that is saved; the others are scored apart.
         """
         if not self.prompt.asks:
             change = {"before": before["perplexity"], "after": self._perplexity(model, "tuned")}
