@@ -99,6 +99,9 @@ LoraVariant = Literal[tuple(LORA_VARIANTS)]
 # Types whose grid a merged weight can go through in training (qlora/qat.py).
 QatType = Literal["Q4_0", "Q8_0", "int4", "fp8"]
 
+# Where a run can be logged, by the names of transformers' report_to; packages: requirements-track.txt
+Tracker = Literal["tensorboard", "trackio", "wandb", "none"]
+
 # --target-modules NAME -> modules and rank: a small adapter, and one with room for a hard task.
 NAMED_ADAPTERS = {"lite": ("attention", 32), "full": ("all-linear", 256)}
 
@@ -137,6 +140,7 @@ MERGE_KEEPS = 0.95  # share of an adapter's update that a merge has to keep, unl
 # Training's constants that are not worth a flag.
 MAX_GRAD_NORM = 1.0  # one odd review can't throw the run
 KEEP_CHECKPOINTS = 2  # the newest may be the one that a full disk spoils
+WATCHED_ROWS = 64  # held-out rows of --eval-steps: about ten steps' time on a CPU for a curve's point
 PAD_MULTIPLE = 16  # few batch widths: a CPU's kernels are made once per width, and its heap stays tidy
 CHUNK_POSITIONS = 1024  # positions whose logits exist at once: 1024 x 49152 in fp32 is 0.2 GB
 
@@ -216,8 +220,18 @@ class TrainSettings(ModelSettings):
     qat: Optional[QatType] = None
     # Optimizer steps between checkpoints.
     save_steps: int = 100
+    # Score the first 64 held-out rows each time so many steps are done: loss, and accuracy of labels.
+    # Default: off.
+    eval_steps: Optional[int] = None
+    # Stop after this many scorings (--eval-steps) without a lower held-out loss, and save the adapter of the
+    # step where it was lowest.
+    early_stopping: Optional[int] = None
     # Where adapter, checkpoints and report go.
     output_dir: Path = Path("qlora-out")
+    # Log the run for these programs, into --output-dir (wandb: to your account); see docs/watching.md.
+    report_to: tuple[Tracker, ...] = ()
+    # What trackers and the report call the run. Default: date, model, rank and rate.
+    run_name: Optional[str] = None
     # Continue from the last complete checkpoint, or from the start; does nothing if the run is complete.
     resume: bool = False
     # Delete the earlier run in --output-dir first.
@@ -252,6 +266,8 @@ class InferSettings:
     dataset: str = "auto"
     # Rows for --evaluate. Default: those that training held out; of other data all there are, at most 400.
     eval_samples: Optional[int] = None
+    # One table of the runs in these folders' subfolders, by date; without a folder: in the current one.
+    runs: Optional[tuple[Path, ...]] = None
     # Write adapter and base as one plain model into this folder.
     merge: Optional[Path] = None
     # What --merge adds the adapter to: the values it was trained on, or the original 16-bit weights.

@@ -11,11 +11,15 @@ import contextlib
 import dataclasses
 import shlex
 from collections.abc import Sequence
+from datetime import datetime
 
 from config import LEARNING_RATE, LORA_VARIANTS, MAX_GRAD_NORM, PREFERENCE_RATE, TrainSettings
 from qlora import processes
 from qlora.cli import UsageError, note, parse, require, run
+from qlora.training import trackers
 from qlora.training.run_folder import open_run, saved_settings
+
+KEPT_AS_IS = (int, float, tuple, type(None))  # settings of these types: in report.json as they are
 
 
 def read_settings(argv: Sequence[str] | None) -> TrainSettings:
@@ -31,6 +35,7 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
     require(not (preference and s.packing), "--packing puts texts end to end, not pairs: leave it out")
     rate = s.learning_rate or (PREFERENCE_RATE if preference else LEARNING_RATE)
     s = dataclasses.replace(s, learning_rate=rate)
+    trackers.check(s)
     if s.qat:
         alone = f"--qat {s.qat} rounds one merged weight a layer"
         whole = s.lora_variant not in ("dora", "pissa", "olora")
@@ -44,7 +49,7 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
     global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, packed, plan, prompts
-    global example_packs, initial, preferences, qat, report, shapes, sharding, sources, variants
+    global example_packs, initial, preferences, qat, report, shapes, sharding, sources, variants, watching
     global BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
@@ -69,7 +74,7 @@ def import_libraries() -> None:
         variants,
     )
     from qlora.memory import plan
-    from qlora.training import guards, initial, preferences, report, sharding
+    from qlora.training import guards, initial, preferences, report, sharding, watching
     from qlora.training.before_after import BeforeAfter
     from qlora.training.trainer import QLoRATrainer
 
@@ -88,6 +93,7 @@ def train(run) -> None:
     """The whole job, in the order in which it happens."""
     old = initial.read(run.settings)  # the adapter that the run goes on from
     s, machine = choose_model(initial.with_its_base(run.settings, old))
+    s = dataclasses.replace(s, run_name=s.run_name or trackers.default_name(s))
     revision = run.revision or initial.revision_of_base(s, old)
     variants.check_variant(s.lora_variant, s.precision)
     with processes.first_goes_first():  # the others find what it fetched
@@ -158,7 +164,8 @@ def train(run) -> None:
     run.begin(s)
     before = comparison.score_before(run, model, rows, start)
     frozen = guards.check_start(healthy, model, examples, machine.autocast, start)
-    trainer = QLoRATrainer(model, training_arguments(s, machine), filled, base, run, healthy)
+    arguments, held_out = training_arguments(s, machine), watching.of_run(s, comparison)
+    trainer = QLoRATrainer(model, arguments, filled, base, run, healthy, held_out)
     measured = trainer.train_or_resume()
     guards.check_training(healthy, [step["loss"] for step in trainer.history], measured["applied_updates"])
 
@@ -174,19 +181,24 @@ def train(run) -> None:
             files.publish_sealed(aside, run.out)
     processes.wait()
     note(f"guards     all {len(healthy.results)} held")
-    evaluation = comparison.score_after(model, before)
+    evaluation = comparison.score_after(model, before, held_out.chooses_on if held_out else 0)
     if not processes.is_first():
         return
     lora_size = report.lora_section(model)
     weights_bytes = base.model.get_memory_footprint() - lora_size["bytes"]
     record = {
         "environment": hardware.environment(machine),
-        "settings": {k: v if isinstance(v, (int, float, type(None))) else str(v) for k, v in vars(s).items()},
+        "name": s.run_name,
+        "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "settings": {k: v if isinstance(v, KEPT_AS_IS) else str(v) for k, v in vars(s).items()},
         "base": dataclasses.asdict(base.info),
         "data": report.data_section(found, examples, evaluation["rows"]),
         "lora": lora_size,
         "memory": report.memory_section(machine.device, measured, predicted, weights_bytes),
         "train": report.train_section(measured, trainer.history),
+        "during_training": watching.section(
+            held_out, trainer.state, s.eval_steps, measured["scoring_seconds"]
+        ),
         "evaluation": evaluation,
         "guards": healthy.results,
         "seconds": trainer.counts.measured()["run_seconds"],
@@ -265,7 +277,11 @@ def training_arguments(s: TrainSettings, machine):
         logging_nan_inf_filter=False,  # the default logs 0 for a NaN loss; the guards want to see it
         save_steps=s.save_steps,
         remove_unused_columns=False,
-        report_to="none",
+        eval_strategy="steps" if s.eval_steps else "no",
+        eval_steps=s.eval_steps,
+        run_name=s.run_name,
+        project=trackers.PROJECT,
+        report_to=trackers.prepare(s, s.output_dir),
         disable_tqdm=True,
         ddp_find_unused_parameters=False,  # every matrix takes part in every step
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from config import SENTIMENT_ANSWERS, InferSettings, TrainSettings
 from qlora.cli import UsageError, UserError, note, parse, require, run
+from qlora.runs_table import show_runs
 
 
 def read_settings(argv: Sequence[str] | None) -> InferSettings:
@@ -30,7 +31,7 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
     s = dataclasses.replace(s, adapter=s.adapter or ("qlora-out",))
     alone, one = s.adapter == ("none",), len(s.adapter) == 1
     asked = {"a prompt": s.prompt, "--prompts": s.prompts, "--evaluate": s.evaluate, "--merge": s.merge}
-    asked["--combine"] = s.combine
+    asked |= {"--combine": s.combine, "--runs": s.runs}
     jobs = [name for name, value in asked.items() if value not in (None, False)]
     typed = not jobs and sys.stdin is not None and sys.stdin.isatty()
     require(one or "none" not in s.adapter, "--adapter none: nothing else can be loaded with it")
@@ -84,6 +85,9 @@ def import_libraries() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     s = read_settings(argv)
+    if s.runs is not None:
+        show_runs(s.runs or (Path("."),))
+        return
     import_libraries()
     if s.combine:
         merging.check_target(s.output_dir, "--output-dir")

@@ -1,4 +1,4 @@
-"""Does DPO learn which reply is wanted? Pairs made of IMDB reviews, scored before and after by the script itself.
+"""Does DPO learn which reply is wanted? Pairs made of IMDB reviews, scored before and after.
 
     python benchmarks/preferences.py               # about half an hour on one slow core
     python benchmarks/preferences.py --tiny        # a rehearsal: 24 pairs; writes no result

@@ -20,7 +20,15 @@ from config import NAMED_ADAPTERS
 # What numbers a flag takes, in every script that has it.
 LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(
-        ("samples", "eval_samples", "grad_accum", "save_steps", "max_new_tokens"),
+        (
+            "samples",
+            "eval_samples",
+            "grad_accum",
+            "save_steps",
+            "max_new_tokens",
+            "eval_steps",
+            "early_stopping",
+        ),
         (lambda n: 1 <= n <= 10**9, "must be from 1 to 1,000,000,000"),
     ),
     "group_size": (lambda n: 8 <= n <= 1 << 20, "must be from 8 to 1,048,576"),

@@ -14,7 +14,15 @@ from qlora import prompts as p
 from qlora.batches import collate
 from qlora.cli import progress
 from qlora.cpu.attach import usable
-from qlora.logits import IGNORE, causal_lm, hidden_states, log_p_of_rows, logits_from, states_at
+from qlora.logits import (
+    IGNORE,
+    causal_lm,
+    hidden_states,
+    labelled_states,
+    log_p_of_rows,
+    logits_from,
+    states_at,
+)
 from qlora.measures import wilson
 
 # Tokens per evaluation batch: enough to fill a CPU's or a GPU's matrix units, little enough for any memory.
@@ -158,3 +166,34 @@ def perplexity(model, examples: list[dict], autocast, progress=lambda n: None) -
         total, tokens = processes.added_up([total, tokens], device)
     mean = total / tokens
     return {"perplexity": math.exp(mean), "loss": mean, "tokens": int(tokens), "rows": len(examples)}
+
+
+@torch.no_grad()
+def loss_and_labels(model, examples: list[dict], answers: Ids, autocast) -> tuple[float, list[int] | None]:
+    """(mean cross-entropy per labelled token, number of each example's likeliest answer), by one pass.
+
+    Each example's labels are one of the `answers`. None for the second where these begin alike. All of
+    several processes get the whole result.
+    """
+    firsts, lm, device = [a[0] for a in answers], causal_lm(model), next(model.parameters()).device
+    model.eval()
+
+    def score(mine: list[dict]) -> list[tuple[float, int, int]]:
+        """[(summed loss, labelled tokens, likeliest answer)]"""
+        found: list = [None] * len(mine)
+        for batch in _by_length([e["input_ids"] for e in mine], 0, device.type):
+            inputs = collate([mine[i] for i in batch], 0, PAD_MULTIPLE)
+            ids, labels = inputs["input_ids"].to(device), inputs["labels"].to(device)
+            states, targets = labelled_states(lm, ids, labels)
+            logs = logits_from(lm, states).log_softmax(-1).cpu()
+            lost = -logs.gather(1, targets.cpu()[:, None]).squeeze(1)
+            counts = (labels[:, 1:] != IGNORE).sum(1).tolist()
+            for i, of_row, loss in zip(batch, logs.split(counts), lost.split(counts)):
+                found[i] = loss.sum().item(), len(loss), int(of_row[0, firsts].argmax())
+        return found
+
+    with autocast():
+        rows = processes.shared_out(examples, score)
+    mean = sum(loss for loss, _, _ in rows) / sum(tokens for _, tokens, _ in rows)
+    differ = len(set(firsts)) == len(answers)
+    return mean, [label for _, _, label in rows] if differ else None

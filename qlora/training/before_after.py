@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -18,6 +18,7 @@ from qlora.cli import UserError, note, progress
 from qlora.data import Row, evenly
 from qlora.files import sha256_of, write_record
 from qlora.loading import Base
+from qlora.logits import IGNORE
 from qlora.training.run_folder import BEFORE, Run
 from qlora.variants import WEIGHTS, Start
 
@@ -70,8 +71,11 @@ class BeforeAfter:
             "initial": lambda: {"initial": self._labels(model, "initial adapter")},
         }
 
-    def score_after(self, model, before: dict) -> dict:
-        """The report's `evaluation`: `before`, the tuned model on the same rows, and what changed."""
+    def score_after(self, model, before: dict, chosen_on: int = 0) -> dict:
+        """The report's `evaluation`: `before`, the tuned model on the same rows, and what changed.
+
+        `chosen_on`: how many of the first rows chose the step that is saved; the others are scored apart.
+        """
         if not self.prompt.asks:
             change = {"before": before["perplexity"], "after": self._perplexity(model, "tuned")}
             return {"rows": len(self.examples), "perplexity": change}
@@ -93,15 +97,48 @@ class BeforeAfter:
         return {
             "rows": len(self.held_out),
             **{k: before[k] for k in UNTRAINED if before.get(k)},
-            "tuned": self._report(scores.argmax(1).tolist()),
+            **self._tuned(scores.argmax(1).tolist(), chosen_on),
             "flips": {"fixed": len(changed["fixed"]), "broken": len(changed["broken"]), "examples": examples},
         }
+
+    def scorer(self, rows: int) -> Callable:
+        """model -> {"loss"} of the first `rows`, and "accuracy" where they have labels: for --eval-steps.
+
+        The loss is training's: the mean over supervised tokens.
+        """
+        base, autocast = self.base, self.base.hardware.autocast
+        if not self.prompt.asks:
+            few = self.examples[:rows]
+            return lambda model: {"loss": e.perplexity(model, few, autocast)["loss"]}
+        asked, truth = self.prompts[:rows], self.truth[:rows]
+        answers = [p.answer_ids(base.tokenizer, self.prompt, i) for i in range(len(self.prompt.answers))]
+        replies = [answers[label] for label in truth]
+        few = [
+            {"input_ids": ids + reply, "labels": [IGNORE] * len(ids) + reply}
+            for ids, reply in zip(asked, replies)
+        ]
+
+        def score(model) -> dict:
+            loss, said = e.loss_and_labels(model, few, answers, autocast)
+            if said is None:  # answers that begin alike are told apart by their ends
+                of_mine = lambda mine: list(e.score_labels(model, mine, answers, autocast).argmax(1))
+                said = processes.shared_out(asked, of_mine)
+            return {"loss": loss, "accuracy": sum(a == b for a, b in zip(said, truth)) / len(truth)}
+
+        return score
 
     def _scores(self, model, prompts: list[list[int]], who: str) -> np.ndarray:
         return e.score_answers(self.base, model, self.prompt, prompts, who)
 
     def _labels(self, model, who: str) -> dict:
         return self._report(self._scores(model, self.prompts, who).argmax(1).tolist())
+
+    def _tuned(self, predicted: list[int], chosen_on: int) -> dict:
+        result = {"tuned": self._report(predicted)}
+        if 0 < chosen_on < len(predicted):
+            others = predicted[chosen_on:], self.truth[chosen_on:]
+            result["tuned_on_others"] = e.accuracy_report(*others, self.prompt.answers)
+        return result
 
     def _report(self, predicted: Sequence[int]) -> dict:
         return e.accuracy_report(predicted, self.truth, self.prompt.answers)

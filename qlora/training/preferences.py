@@ -98,16 +98,28 @@ class PairScores(BeforeAfter):
 
     def score_before(self, run: Run, model, train_rows: list, start) -> dict:
         before = super().score_before(run, model, train_rows, start)
+        self.started = before["pairs"]
         for half, log_p in zip(self.train, before["reference"]):
             half["reference"] = log_p
         return before
+
+    def scorer(self, rows: int):
+        """Of the first `rows` pairs while the run trains: DPO's loss, and how many are won."""
+        halves, started = self.examples[: 2 * rows], self.started[: 2 * rows]
+
+        def score(model) -> dict:
+            mine = lambda share: log_p_of_labels(model, share, self.base.hardware.autocast)
+            found = compare(started, processes.shared_out(halves, mine), self.beta)
+            return {"loss": found["loss"], "accuracy": found["after"]["accuracy"]}
+
+        return score
 
     def parts(self, model, train_rows: list) -> dict:
         of = {"pairs": (self.examples, "held-out pairs"), "reference": (self.train, "reference")}
         return {n: lambda n=n, each=each: {n: log_p_of(self.base, model, *each)} for n, each in of.items()}
 
-    def score_after(self, model, before: dict) -> dict:
-        """The report's `evaluation`; see compare()."""
+    def score_after(self, model, before: dict, chosen_on: int = 0) -> dict:
+        """The report's `evaluation`; see compare(). Pairs that chose the step are among them."""
         now = log_p_of(self.base, model, self.examples, "tuned, held-out pairs")
         prompts = {tuple(e["input_ids"][: e["asked"]]) for e in self.examples}
         found = compare(before["pairs"], now, self.beta)

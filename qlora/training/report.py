@@ -9,7 +9,7 @@ from qlora.cli import note
 from qlora.files import write_json, write_text
 from qlora.hardware import peak_memory_bytes
 from qlora.logits import IGNORE
-from qlora.measures import percent
+from qlora.measures import percent, with_interval
 from qlora.pictures import COLOURS, new_axes, save
 from qlora.tables import markdown_table, table
 from qlora.weights import trainable_and_all
@@ -89,6 +89,23 @@ def train_line(train: dict) -> str:
     return f"{train['steps']} steps, {train['seconds']:.0f} s, {speed:.0f} real tokens/s, loss {loss}"
 
 
+def scoring_line(during: dict) -> str:
+    """'lowest at step 30 of 45: 0.412, accuracy 81.2%; stopped early; what is saved is step 30'"""
+    by_step = {point["step"]: point for point in during["points"]}
+    best, last = during["best_step"], during["last_step"]
+    parts = [f"lowest at step {best} of {last}: {held_out_score(by_step[best])}"] if best else []
+    if best != last:
+        parts.append(f"{held_out_score(by_step[last])} at the last")
+    parts += ["stopped early"] * during["stopped_early"]
+    return "; ".join([*parts, f"what is saved is step {during['saved_step']}"])
+
+
+def held_out_score(point: dict) -> str:
+    """'0.412, accuracy 81.2%'"""
+    right = f", accuracy {percent(point['accuracy'])}" if "accuracy" in point else ""
+    return f"{point['loss']:.3f}{right}"
+
+
 def memory_line(memory: dict) -> str:
     """'peak memory 1.07 GB in a training step (predicted 1.07, off by 0.1%), 2.62 GB of the process'"""
     measured, predicted = memory["measured_peak_bytes"], memory["predicted_peak_bytes"]
@@ -122,6 +139,8 @@ def show_result(report: dict) -> None:
     """The result on stdout, what it cost on stderr."""
     evaluation = report["evaluation"]
     note(f"training   {train_line(report['train'])}\n           {memory_line(report['memory'])}\n")
+    if during := report["during_training"]:
+        note(f"held out   loss of {during['rows']} rows {scoring_line(during)}\n")
     if "pairs" in evaluation:
         first, second = pairs_lines(evaluation)
         rows = accuracy_rows(evaluation["pairs"], PAIR_COLUMNS)
@@ -165,13 +184,16 @@ def markdown(report: dict) -> str:
         ("memory", f"weights {memory['weights_bytes'] / 1e9:.2f} GB, {memory_line(memory)}"),
         ("guards that held", f"{len(guards)}: {', '.join(guards)}"),
     ]
+    if during := report["during_training"]:
+        rows = f"held-out loss while training ({during['rows']} rows, every {during['every']} steps)"
+        facts.insert(5, (rows, f"{scoring_line(during)}; {during['seconds']:.0f} s of scoring"))
     if "pairs" in evaluation:
         first, second = pairs_lines(evaluation)
         scores = [first, markdown_table(HEADERS, accuracy_rows(evaluation["pairs"], PAIR_COLUMNS)), second]
     else:
         scores = accuracy_parts(evaluation) if "tuned" in evaluation else [perplexity_line(evaluation) + "."]
     title = f"# {report['base']['name']} + LoRA on {report['settings']['dataset']}"
-    machine = f"{env['device_name']}, {env['dtype']} ({env['why']}); {versions}."
+    machine = f"Run {report['name']}: {env['device_name']}, {env['dtype']} ({env['why']}); {versions}."
     if grid := report["settings"].get("qat"):
         through = f"every merged weight W + s B A went through its grid (`--qat {grid}`)"
         machine += f" Trained for {grid}: {through}; PEFT alone computes without it."
@@ -186,6 +208,9 @@ def accuracy_parts(evaluation: dict) -> list[str]:
     confusion = [[truth, *row.values()] for truth, row in counts.items()]
     parts = [f"On the same {evaluation['rows']} held-out rows:"]
     parts.append(markdown_table(HEADERS, accuracy_rows(evaluation)))
+    if others := evaluation.get("tuned_on_others"):
+        chose = evaluation["rows"] - others["rows"]
+        parts.append(f"{chose} of these rows chose the step; on the others: {with_interval(others)}.")
     parts.append(f"Training fixed {flips['fixed']} rows and broke {flips['broken']}.")
     parts.append(markdown_table(("truth \\ tuned says", *counts), confusion))
     for each in flips["examples"]:
@@ -245,21 +270,32 @@ def loading_snippet(base: dict) -> str:
 
 
 def draw_curves(path: Path, history: list[dict], report: dict) -> None:
-    """Loss (raw and smoothed) and gradient norm over the optimizer steps."""
+    """Loss (raw and smoothed, and of held-out rows) and gradient norm over the optimizer steps."""
     steps, losses = [h["step"] for h in history], [h["loss"] for h in history]
     smooth = list(itertools.accumulate(losses, lambda mean, loss: 0.9 * mean + 0.1 * loss))
     figure, (left, right) = new_axes(10, 3.6, ncols=2)
     left.plot(steps, losses, color="#bbbbbb", linewidth=0.8, label="each step")
     left.plot(steps, smooth, color=COLOURS[0], linewidth=2, label="smoothed (0.9)")
+    if during := report["during_training"]:
+        draw_held_out(left, during)
     # The first steps learn the answer's form, at ten times the loss of what follows: a log scale.
     unit = "nats per supervised token"
     if "pairs" in report["evaluation"]:
         left.axhline(0.6931, color=COLOURS[1], linewidth=0.8, label="log 2: as the reference")
         unit = "DPO's loss per pair"
-    left.set(title="training loss", xlabel="step", ylabel=unit, yscale="log")
+    left.set(title="loss" if during else "training loss", xlabel="step", ylabel=unit, yscale="log")
     left.legend(frameon=False)
     right.plot(steps, [h.get("grad_norm", float("nan")) for h in history], color=COLOURS[3], linewidth=1)
     right.set(title="gradient norm before clipping", xlabel="step", ylabel="all LoRA matrices", yscale="log")
     what = f"{report['base']['name']} on {report['settings']['dataset']}"
     figure.suptitle(f"{what}: {report['train']['steps']} steps", fontsize=10)
     save(figure, path)
+
+
+def draw_held_out(axes, during: dict) -> None:
+    """The loss of the held-out rows that were scored while the run trained, and which step is saved."""
+    steps, losses = zip(*((point["step"], point["loss"]) for point in during["points"]))
+    style = {"color": COLOURS[1], "marker": "o", "markersize": 4, "linewidth": 1.5}
+    axes.plot(steps, losses, label=f"{during['rows']} held-out rows", **style)
+    saved = during["saved_step"]
+    axes.axvline(saved, color=COLOURS[6], linestyle=":", linewidth=1, label=f"saved: step {saved}")

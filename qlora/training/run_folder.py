@@ -29,7 +29,9 @@ WRITTEN = (
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"),
 )
-NOT_COMPARED = ("resume", "overwrite", "output_dir")
+TRACKED = ("tensorboard", "trackio", "wandb")  # folders of its trackers, deleted by --overwrite as well
+NOT_KEPT = ("resume", "overwrite", "output_dir")
+NOT_COMPARED = (*NOT_KEPT, "run_name", "report_to")  # labels: they may change on --resume
 EDITED = "give the settings as flags with --overwrite to start again"
 
 
@@ -77,7 +79,7 @@ class Run:
         if self.settings.overwrite:
             for name in WRITTEN:  # but for the settings, which say that the folder is ours
                 (self.out / name).unlink(missing_ok=True)
-            for folder in self.out.glob("checkpoint-*"):
+            for folder in [*self.out.glob("checkpoint-*"), *(self.out / name for name in TRACKED)]:
                 discard(folder)
         kept = _as_json(settings)
         if self.older:  # stays so for the next --resume
@@ -151,7 +153,10 @@ def _check_earlier(settings) -> None:
             lanes = f"--lane {before['lane']} -> {now['lane']}"
             note(f"note       {lanes}: from here on products may round otherwise")
         before["lane"] = now["lane"]
-        changed = [f"--{k.replace('_', '-')} {before[k]} -> {v}" for k, v in now.items() if before[k] != v]
+        compared = {k: v for k, v in now.items() if k not in NOT_COMPARED}
+        changed = [
+            f"--{k.replace('_', '-')} {before[k]} -> {v}" for k, v in compared.items() if before[k] != v
+        ]
         what = f"the run in {out} began with other settings ({'; '.join(changed)}); leave them out"
         require(not changed, f"--resume: {what}")
     elif not settings.overwrite:
@@ -180,5 +185,5 @@ def _is_run(out: Path) -> bool:
 def _as_json(settings) -> dict:
     """The settings that a run has to be resumed with, and its processes: they share the batch."""
     fields = dataclasses.asdict(settings).items()
-    kept = {k: str(v) if isinstance(v, Path) else v for k, v in fields if k not in NOT_COMPARED}
+    kept = {k: str(v) if isinstance(v, Path) else v for k, v in fields if k not in NOT_KEPT}
     return kept | {"processes": processes.count()}

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import signal
+import sys
 import threading
 import time
 from functools import partial
@@ -12,18 +13,18 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
-from config import KEEP_CHECKPOINTS, PAD_MULTIPLE
+from config import PAD_MULTIPLE
 from qlora import processes
 from qlora.batches import BLANK, BLANK_PAIR, LengthBatches, collate, in_pairs
-from qlora.cli import note
-from qlora.files import broken_files, discard, publish, scratch, seal
-from qlora.hardware import peak_memory_bytes, return_freed_memory
+from qlora.cli import UserError, note
+from qlora.files import discard, publish, scratch, seal
+from qlora.hardware import peak_memory_bytes, restart_cuda_peak, return_freed_memory
 from qlora.live_bytes import StepPeak
+from qlora.training import trackers, watching
+from qlora.training.checkpoints import MEASURED, discard_old, last_complete, step_of
 from qlora.training.guards import Guards, all_matrices_learn, check_step
 from qlora.training.preferences import real_pairs
 from qlora.training.run_folder import Run
-
-MEASURED = "measured.json"
 
 
 class Counts:
@@ -34,6 +35,7 @@ class Counts:
 
     def __init__(self, run_started: float, device: str):
         self.processes, self.real_tokens, self.applied, self.earlier = 1, 0, 0, {}
+        self.scoring_seconds = 0.0  # of held-out rows between steps: no part of training's seconds
         self.run_started, self.train_started = run_started, time.perf_counter()
         self.device, self.peak = device, StepPeak(device)  # peak: of tensors, in a training step
 
@@ -42,7 +44,8 @@ class Counts:
         return {
             "processes": self.processes,
             "run_seconds": now - self.run_started + before.get("run_seconds", 0),
-            "seconds": now - self.train_started + before.get("seconds", 0),
+            "seconds": now - self.train_started - self.scoring_seconds + before.get("seconds", 0),
+            "scoring_seconds": self.scoring_seconds + before.get("scoring_seconds", 0),
             "real_tokens": self.real_tokens,
             "applied_updates": self.applied,
             "peak_bytes": self.peak.bytes,
@@ -57,18 +60,23 @@ class Counts:
 
 
 class QLoRATrainer(Trainer):
-    """HF's Trainer with batches by length, staged checkpoints, counts of unpadded tokens and live bytes."""
+    """HF's Trainer with batches by length, staged checkpoints, counts of unpadded tokens and live bytes.
 
-    def __init__(self, model, args, train_dataset: list[dict], base, run: Run, guards: Guards):
+    `held_out` scores a few rows between steps (--eval-steps) and says which step was best.
+    """
+
+    def __init__(self, model, args, train_dataset: list[dict], base, run: Run, guards: Guards, held_out=None):
         self.guards, self.run, self.counts = guards, run, Counts(run.started, args.device.type)
         self.interrupt, self._staging = Interrupt(), None
+        self.held_out: watching.HeldOut | None = held_out
         collator = partial(collate, pad_id=base.tokenizer.pad_token_id, multiple=PAD_MULTIPLE)
         blank = BLANK
         if "reference" in train_dataset[0]:  # preferences: a row is a pair
             train_dataset, blank = in_pairs(train_dataset), BLANK_PAIR
         if processes.count() > 1:
             train_dataset = [*train_dataset, blank]
-        super().__init__(model, args, collator, train_dataset, processing_class=base.tokenizer)
+        tokenizer = {"eval_dataset": [], "processing_class": base.tokenizer}  # evaluate() has rows of its own
+        super().__init__(model, args, collator, train_dataset, **tokenizer)
         self.watch = Watch(self)
         self.add_callback(self.watch)
         self.remove_callback(PrinterCallback)
@@ -79,19 +87,42 @@ class QLoRATrainer(Trainer):
         Raises KeyboardInterrupt, which says how to continue, after Ctrl-C; the state is saved then.
         """
         with self.interrupt:
-            checkpoint = last_complete(self.run.out) if processes.is_first() else None
+            checkpoint = last_complete(self.run.out, self.keeps_best) if processes.is_first() else None
             checkpoint = processes.told_by_first(checkpoint)
             if checkpoint:
                 note(f"resuming from {checkpoint}")
             try:
                 if not (checkpoint and self._restore(checkpoint)):
-                    self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                    done = step_of(checkpoint) if checkpoint else 0
+                    with trackers.logging_into(self, self.run.out, done):
+                        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             finally:
                 self.watch.close()  # an error message starts on a line of its own
         if self.interrupt.asked or self.interrupt.agreed:
             step = self.state.global_step
             raise KeyboardInterrupt(f"saved at step {step}; continue with: {self.run.resume_command}")
-        return self.counts.measured()
+        measured = self.counts.measured()
+        self._go_back_to_best()
+        return measured
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.held_out is not None and self.held_out.keeps_best
+
+    def _go_back_to_best(self) -> None:
+        """Take the adapter of the step with the lowest held-out loss, where that is what shall be saved."""
+        best, last = watching.best_step(self.state.log_history), self.state.global_step
+        if not self.held_out or best in (None, last):
+            return
+        lowest = f"held-out loss was lowest at step {best} of {last}"
+        if not self.keeps_best:
+            note(f"note       {lowest}; saved is the last one: --early-stopping N would save that one")
+            return
+        checkpoint = self.run.out / f"checkpoint-{best}"
+        if damage := watching.damage_of(checkpoint):
+            raise UserError(f"{lowest}, but {damage}; train it again with: {self.run.resume_command}")
+        self._load_from_checkpoint(str(checkpoint))
+        note(f"best       {lowest}: that step's adapter is saved")
 
     @property
     def history(self) -> list[dict]:
@@ -104,7 +135,8 @@ class QLoRATrainer(Trainer):
         self.guards.results += earlier["guards"]
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         self.counts.go_on_from(earlier, state.global_step)
-        if state.global_step < state.max_steps:
+        stopped = self.held_out is not None and self.held_out.is_over(state.log_history)
+        if state.global_step < state.max_steps and not stopped:
             return False
         self._load_from_checkpoint(str(checkpoint))
         self.state = state
@@ -137,6 +169,22 @@ class QLoRATrainer(Trainer):
         with self.counts.peak.watch(width, steady=self.state.global_step > 0):
             return super().training_step(model, inputs, num_items_in_batch)
 
+    def evaluate(self, *args, **kwargs) -> dict:
+        """Score the held-out rows; what the Trainer asks for every --eval-steps and after the last step."""
+        started = time.perf_counter()
+        metrics = self.held_out.measure(self.model)
+        if self.args.device.type == "cuda":
+            restart_cuda_peak()  # what scoring took is no training step's
+        self.counts.scoring_seconds += time.perf_counter() - started
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.keeps_best:
+            history = self.state.log_history
+            self.control.should_training_stop |= self.held_out.is_over(history)
+            is_best = watching.best_step(history) == self.state.global_step
+            self.control.should_save |= is_best or self.control.should_training_stop
+        return metrics
+
     def _get_output_dir(self, trial):
         return str(self._staging or super()._get_output_dir(trial))
 
@@ -163,29 +211,7 @@ class QLoRATrainer(Trainer):
         seal(made)
         discard(out / made.name)
         publish(made, out / made.name)
-        # Checkpoints of later steps were skipped when the run began: damaged, or of an older version.
-        kept = [folder for folder in checkpoints(out) if step_of(folder) <= self.state.global_step]
-        for old in set(checkpoints(out)) - set(kept[:KEEP_CHECKPOINTS]):
-            discard(old)
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    numbered = [p for p in out.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(numbered, key=step_of, reverse=True)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def last_complete(out: Path) -> Path | None:
-    """Newest checkpoint that is whole by its complete.json; the others are named and skipped."""
-    for folder in checkpoints(out):
-        if broken_files(folder) == [] and (folder / MEASURED).exists():
-            return folder
-        note(f"{folder} is incomplete, damaged or of an older version: skipped")
-    return None
+        discard_old(out, self.state.global_step, self.state.log_history if self.keeps_best else None)
 
 
 class Interrupt:
@@ -248,6 +274,11 @@ class Watch(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        if "eval_loss" in logs and processes.is_first():
+            right = f", accuracy {100 * logs['eval_accuracy']:.1f}%" if "eval_accuracy" in logs else ""
+            tqdm.write(
+                f"held out   step {state.global_step}: loss {logs['eval_loss']:.3f}{right}", sys.stderr
+            )
         if "loss" not in logs:
             return
         check_step(self.guards, logs, state.global_step, self.accelerator.scaler is not None)

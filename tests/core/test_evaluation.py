@@ -53,6 +53,22 @@ def test_label_scores_equal_plain_forward_passes(model, answers):
     np.testing.assert_allclose(scores, plain, atol=2e-4)
 
 
+@pytest.mark.parametrize("answers, told", [([[11, 2], [12, 2]], True), ([[11, 12], [11, 13]], False)])
+def test_loss_and_labels_of_one_pass_equal_those_of_two(model, answers, told, monkeypatch):
+    prompts = [[30 + i] * (3 + 5 * i) for i in range(4)]
+    rows = [
+        (prompt + answers[i % 2], [-100] * len(prompt) + answers[i % 2]) for i, prompt in enumerate(prompts)
+    ]
+    examples = [dict(zip(("input_ids", "labels"), row)) for row in rows]
+    monkeypatch.setitem(e.BATCH_TOKENS, "cpu", 30)
+    loss, said = e.loss_and_labels(model, examples, answers, nullcontext)
+    with torch.no_grad():
+        plain = [-log_prob(model, prompt, answers[i % 2]) for i, prompt in enumerate(prompts)]
+    assert loss == pytest.approx(sum(plain) / 8, abs=1e-4)
+    scores = e.score_labels(model, prompts, answers, nullcontext)
+    assert said == (scores.argmax(1).tolist() if told else None)  # None: the first token says too little
+
+
 def test_batching_does_not_change_scores(model, monkeypatch):
     prompts = [[30] * n for n in (5, 50, 9, 33)]
     whole = e.score_labels(model, prompts, [[11], [12]], nullcontext)

@@ -26,7 +26,7 @@ MEETING = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node")
 # 30 rows in batches of 4: two rows of the last one are blank, one process's share.
 SMALL = ("--samples", 30, "--eval-samples", 7, "--max-length", 96, "--precision", "fp32", "--save-steps", 3)
-SMALL += ("--lane", "fp32")
+SMALL += ("--lane", "fp32", "--eval-steps", 3, "--early-stopping", 9)
 
 
 def start(count: int, *flags) -> subprocess.Popen:
@@ -74,6 +74,14 @@ def test_two_processes_train_the_adapter_of_one(alone, tiny_folder, tmp_path):
     assert (one["train"]["world_size"], two["train"]["world_size"]) == (1, 2)
     for key in ("base_zero_shot", "base_few_shot", "bag_of_words", "tuned"):
         assert two["evaluation"][key] == one["evaluation"][key]
+    # They agree on every scoring, so on the best step, too; its sums are of the weights that BOUND is for.
+    seen, there = two["during_training"], one["during_training"]
+    assert [(p["step"], p["accuracy"]) for p in seen["points"]] == [
+        (p["step"], p["accuracy"]) for p in there["points"]
+    ]
+    losses = ([point["loss"] for point in each["points"]] for each in (seen, there))
+    assert next(losses) == pytest.approx(next(losses), abs=1e-4) and seen["rows"] == 7
+    assert seen["saved_step"] == there["saved_step"]
     assert printed.count("the same 7 held-out rows") == 1  # the first process prints, the other does not
     assert err.count("device ") == 1 and err.count("guards     all") == 1
     assert (out / "checkpoint-8" / "rng_state_1.pth").exists()

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, SMALL_RUN, here, script
 
 from qlora.files import SEAL
+from qlora.training import checkpoints as c
 from qlora.training import trainer as t
 
 WEIGHTS = "adapter_model.safetensors"
@@ -177,7 +178,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tiny_folder, tmp_path):
     assert (
         process.returncode == 130 and f"--output-dir {out} --resume" in stderr and "Traceback" not in stderr
     )
-    assert t.last_complete(out) is not None and not (out / "report.json").exists()
+    assert c.last_complete(out) is not None and not (out / "report.json").exists()
     assert script("qlora_finetune.py", "--output-dir", out, "--resume").returncode == 0
     assert (out / WEIGHTS).read_bytes() == (uninterrupted / WEIGHTS).read_bytes()
 
@@ -234,7 +235,7 @@ def test_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, harm, capsys
     # one
     out = tmp_path / "copy"
     shutil.copytree(uninterrupted, out)
-    newest, older = t.checkpoints(out)
+    newest, older = c.checkpoints(out)
     if harm == "truncate":
         with open(newest / WEIGHTS, "r+b") as file:
             file.truncate(100)
@@ -242,26 +243,26 @@ def test_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path, harm, capsys
         harm == "older version"
     ):  # without the record of what it took, the report would be of the last part only
         manifest = json.loads((newest / SEAL).read_text())
-        del manifest[t.MEASURED]
+        del manifest[c.MEASURED]
         (newest / SEAL).write_text(json.dumps(manifest))
-        (newest / t.MEASURED).unlink()
+        (newest / c.MEASURED).unlink()
     else:
         os.unlink(newest / ("optimizer.pt" if harm == "delete optimizer" else SEAL))
-    assert t.last_complete(out) == older
+    assert c.last_complete(out) == older
     assert "skipped" in capsys.readouterr().err
 
 
 def test_a_run_that_starts_again_keeps_its_new_checkpoints(uninterrupted, tiny_folder, tmp_path):
     # Passed-over checkpoints have higher numbers: they must not push the new ones out
     out = shutil.copytree(uninterrupted, tmp_path / "run")
-    for lost in (out / "report.json", *(folder / SEAL for folder in t.checkpoints(out))):
+    for lost in (out / "report.json", *(folder / SEAL for folder in c.checkpoints(out))):
         lost.unlink()
     process = start(out, tiny_folder, "--resume")
     wait_for(out / "checkpoint-10", process)
     wait_for(out / "checkpoint-15", process)
     process.kill()
     process.communicate()
-    assert t.step_of(t.last_complete(out)) in (10, 15, 20, 25)
+    assert c.step_of(c.last_complete(out)) in (10, 15, 20, 25)
 
 
 def test_nan_in_the_base_stops_the_run(tiny_folder, tmp_path):
@@ -298,4 +299,4 @@ def test_nan_during_training_is_seen(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(t.QLoRATrainer, "training_step", spoiled)
     with pytest.raises(GuardError, match="guard 'finite': loss is nan at step 3"):
         qlora_finetune.main(["--model", str(tiny_folder), "--output-dir", str(tmp_path / "run"), *SMALL_RUN])
-    assert t.last_complete(tmp_path / "run").name == "checkpoint-2"
+    assert c.last_complete(tmp_path / "run").name == "checkpoint-2"
