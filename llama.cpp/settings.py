@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Optional
 
 from config import EVAL_SAMPLES
 
@@ -80,6 +80,10 @@ class ExportSettings:
     force: bool = False
     # Where the .gguf files and the Modelfile go.
     output_dir: Path = Path("gguf-out")
+    # Then upload the files and a card to this repository of the hub, you/name; see docs/hub.md.
+    push_to_hub: Optional[str] = None
+    # --push-to-hub: make the repository private.
+    private: bool = False
 
 
 @dataclass

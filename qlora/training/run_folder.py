@@ -29,7 +29,7 @@ WRITTEN = (
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"),
 )
-NOT_COMPARED = ("resume", "overwrite", "output_dir")
+NOT_COMPARED = ("resume", "overwrite", "output_dir", "push_to_hub", "private")
 EDITED = "give the settings as flags with --overwrite to start again"
 
 
