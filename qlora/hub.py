@@ -192,7 +192,9 @@ def explain(error: Exception, name: str, kind: str) -> UserError:
     elif "RevisionNotFoundError" in kinds:
         what = f"the hub's {name} has no such revision"
     elif kind == "repository" and statuses & {401, 403}:
-        what = f"the hub refuses this token for {name}: `hf auth login` with a token that may write there"
+        what = (
+            f"the hub refuses {name} ({answered(causes)}): `hf auth login` with a token that may write there"
+        )
     elif statuses & {401, 403}:
         what = f"the hub refuses this token for {name}: `hf auth login` again, or unset HF_TOKEN"
     elif "HFValidationError" in kinds:
@@ -200,10 +202,7 @@ def explain(error: Exception, name: str, kind: str) -> UserError:
     elif kinds & {"UnicodeEncodeError", "LocalProtocolError"}:
         what = "the Hugging Face hub can't be asked: the token (HF_TOKEN, `hf auth login`) has odd characters"
     elif kind == "repository" and (statuses - {None} or kinds & {"ValueError", "KeyError", "RuntimeError"}):
-        said = next(
-            (text for cause in causes if (text := getattr(cause, "server_message", None))), str(error)
-        )
-        what = f"the hub did not take {name} ({told(Exception(' '.join(said.split())))})"
+        what = f"the hub did not take {name} ({answered(causes)})"
     elif kinds & UNREACHABLE:
         cached = f"; {name} is not in the cache" if kind != "repository" else ""
         what = f"the Hugging Face hub can't be reached ({told(causes[-1])}){cached}"
@@ -218,6 +217,12 @@ def explain(error: Exception, name: str, kind: str) -> UserError:
         what = f"the Hugging Face hub can't be asked ({why}); check {settings}"
     error = GatedError if gated else UserError
     return error(what + INSTEAD.get(kind, ""))
+
+
+def answered(causes: list[BaseException]) -> str:
+    """What the hub itself said, else what its client says; in one line."""
+    said = [text for cause in causes if (text := getattr(cause, "server_message", None))]
+    return told(Exception(" ".join((said or [str(causes[0])])[0].split())))
 
 
 def told(error: BaseException) -> str:

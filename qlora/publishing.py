@@ -110,6 +110,7 @@ def upload(s, files: dict[str, Path | bytes], folder: Path, again: str) -> None:
         with asking(s.push_to_hub, "repository"), warnings.catch_warnings(), quiet():
             from huggingface_hub import CommitOperationAdd, HfApi
 
+            use_xet_if_offered(s.push_to_hub)
             warnings.simplefilter("ignore")  # of a card that says less than the hub would like
             api = HfApi()
             seen_by = visibility(api, s)
@@ -122,6 +123,20 @@ def upload(s, files: dict[str, Path | bytes], folder: Path, again: str) -> None:
         raise UserError(f"{error}; {repeat}") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped while uploading; {repeat}") from None
+
+
+def use_xet_if_offered(repo: str) -> None:
+    """Large files go by the hub's newer storage (xet) or by LFS, which every hub has.
+
+    huggingface_hub 2.4 takes xet wherever hf_xet is installed, and waits minutes for a server without it.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    address = f"{constants.ENDPOINT}/api/models/{repo}/xet-write-token/main"
+    offered = get_session().get(address, headers=build_hf_headers()).headers
+    if constants.HUGGINGFACE_HEADER_X_XET_ENDPOINT not in offered:
+        constants.HF_HUB_DISABLE_XET = True
 
 
 @contextlib.contextmanager

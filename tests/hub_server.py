@@ -26,7 +26,8 @@ class Repository:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """State is the server's: `repositories`, `large` {sha256: content}, `breaks` (what fails), `role`, `asked`."""
+    """State is the server's: `repositories`, `large` {sha256: content}, `breaks` (what fails), `role`,
+    `asked`."""
 
     protocol_version = "HTTP/1.1"
 
@@ -42,7 +43,7 @@ class Hub(BaseHTTPRequestHandler):
         length = self.headers["Content-Length"]
         content = self.rfile.read(int(length)) if length else b"".join(self.chunks())
         if "large" in self.server.breaks:
-            return self.reply(403, {}, {"X-Error-Message": "the storage refused it"})
+            return self.reply(400, {}, {"X-Error-Message": "the storage refused it"})
         oid = self.path.rsplit("/", 1)[-1]
         assert hashlib.sha256(content).hexdigest() == oid
         self.server.large[oid] = content
