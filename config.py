@@ -236,14 +236,19 @@ class TrainSettings(ModelSettings):
     resume: bool = False
     # Delete the earlier run in --output-dir first.
     overwrite: bool = False
+    # Then upload adapter, card and report to this repository of the hub, you/name; see docs/hub.md. With
+    # --resume and a complete run: nothing else.
+    push_to_hub: Optional[str] = None
+    # --push-to-hub: make the repository private.
+    private: bool = False
 
 
 @dataclass
 class InferSettings:
     # A review (with --plain or no adapter: any message). Without it: lines of stdin, or a chat on a terminal.
     prompt: Positional[Optional[str]] = None
-    # Adapter folder, qlora-out by default; give the flag once per adapter (in a chat, /use NAME switches).
-    # none: the base alone.
+    # Adapter folder, qlora-out by default, or owner/name of the hub (owner/name@revision); give the flag once
+    # per adapter (in a chat, /use NAME switches). none: the base alone.
     adapter: UseAppendAction[tuple[str, ...]] = ()
     # The base. auto: the one that the adapter was trained on.
     model: str = "auto"
@@ -286,6 +291,11 @@ class InferSettings:
     density: Optional[float] = None
     # Where --combine writes the new adapter.
     output_dir: Optional[Path] = None
+    # Upload to this repository of the hub, you/name: what --merge writes, else the adapter, or with --adapter
+    # none the folder --model. See docs/hub.md.
+    push_to_hub: Optional[str] = None
+    # --push-to-hub: make the repository private.
+    private: bool = False
     # 0 is greedy: always the most likely token.
     temperature: float = 0.0
     # Sample from the smallest set of tokens with this much probability.

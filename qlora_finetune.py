@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from config import LEARNING_RATE, LORA_VARIANTS, MAX_GRAD_NORM, PREFERENCE_RATE, TrainSettings
-from qlora import processes
+from qlora import processes, publishing
 from qlora.cli import UsageError, note, parse, require, run
 from qlora.training import trackers
 from qlora.training.run_folder import open_run, saved_settings
@@ -82,11 +82,13 @@ def import_libraries() -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     settings = read_settings(argv)
     with open_run(settings) as run:
+        publishing.check(settings)
         if run.has_nothing_to_do():
             note(f"{run.out} holds a complete run; nothing to do (--overwrite trains again)")
-            return
-        import_libraries()
-        train(run)
+        else:
+            import_libraries()
+            train(run)
+        publishing.push_adapter(settings, run.out, run.resume_command)
 
 
 def train(run) -> None:

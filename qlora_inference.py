@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import SENTIMENT_ANSWERS, InferSettings, TrainSettings
+from qlora import publishing
 from qlora.cli import UsageError, UserError, note, parse, require, run
 from qlora.runs_table import show_runs
 
@@ -32,6 +33,7 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
     alone, one = s.adapter == ("none",), len(s.adapter) == 1
     asked = {"a prompt": s.prompt, "--prompts": s.prompts, "--evaluate": s.evaluate, "--merge": s.merge}
     asked |= {"--combine": s.combine, "--runs": s.runs}
+    asked |= {"--push-to-hub": None if s.merge else s.push_to_hub}
     jobs = [name for name, value in asked.items() if value not in (None, False)]
     typed = not jobs and sys.stdin is not None and sys.stdin.isatty()
     require(one or "none" not in s.adapter, "--adapter none: nothing else can be loaded with it")
@@ -44,6 +46,10 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
     require(bool(jobs) or sys.stdin is not None, "no prompt: give one, --prompts FILE, or lines on stdin")
     require(s.prompts is None or s.prompts.is_file(), f"--prompts {s.prompts}: no such file")
     require(s.merge is None or one and not alone, "--merge: exactly one --adapter is merged")
+    here = Path(s.model if alone else s.adapter[0]).is_dir()
+    require(
+        not asked["--push-to-hub"] or one and here, "--push-to-hub: give one folder, --adapter or --model"
+    )
     require(not (s.merge and s.compare), "--merge and --compare: one thing at a time")
     require(not (s.combine and s.compare), "--combine and --compare: one thing at a time")
     require(not (s.compare and alone), "--compare: needs an --adapter to compare with the base")
@@ -98,6 +104,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     require(len(set(names)) == len(names), f"--adapter: two folders have the same name ({', '.join(names)})")
     if s.merge:
         merging.check_target(s.merge)
+    publishing.check(s)
+    if s.push_to_hub and not s.merge:
+        publishing.push_chosen(s, chosen)
+        return
 
     # 1. The base, in the precision that the first adapter was trained on; by default NF4.
     name, why, precision, machine = choose_base(s, chosen)
@@ -136,9 +146,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if s.merge:
         kept = {"dtype": s.merge_dtype, "force": s.force}
         merging.merge_into(s.merge, s.merge_base, chosen[0], model, base, **kept)
+        merging.write_card(s.merge, chosen[0], base)
         note(f"written    {s.merge}/: a plain model")
         merged = shlex.quote(str(s.merge))
         note(f'next       python qlora_inference.py --adapter none --model {merged} "the whole prompt"')
+        publishing.push_model(s, s.merge)
     elif s.evaluate:
         evaluate(s, chosen, model, base)
     elif s.prompt is None and s.prompts is None and sys.stdin.isatty():

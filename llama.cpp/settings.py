@@ -81,6 +81,10 @@ class ExportSettings:
     force: bool = False
     # Where the .gguf files and the Modelfile go.
     output_dir: Path = Path("gguf-out")
+    # Then upload the files and a card to this repository of the hub, you/name; see docs/hub.md.
+    push_to_hub: Optional[str] = None
+    # --push-to-hub: make the repository private.
+    private: bool = False
 
 
 @dataclass

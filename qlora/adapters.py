@@ -20,6 +20,8 @@ from qlora.cli import UserError, first_line, note, require
 from qlora.fast import make_fast
 from qlora.files import SEAL, broken_files, read_json
 from qlora.hardware import detect
+from qlora.hub import ADAPTER_ID, name_of
+from qlora.hub import adapter as fetch_adapter
 from qlora.loading import Base, BaseInfo, load_base
 from qlora.prompts import PromptFormat
 from qlora.shapes import peek, stored_precision
@@ -92,7 +94,7 @@ class Adapter:
 
     @property
     def name(self) -> str:
-        return self.folder.resolve().name
+        return name_of(self.folder)
 
     @property
     def peft_name(self) -> str:
@@ -116,8 +118,13 @@ def save_notes(folder: Path, prompt: PromptFormat, base: BaseInfo, dataset: dict
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Check an adapter folder without loading a model; raises UserError (UsageError if it is not there)."""
+    """Check an adapter folder, or owner/name of the hub, without loading a model.
+
+    Raises UserError (UsageError if it is not there).
+    """
     name = f"--adapter {folder}"
+    if not folder.exists() and ADAPTER_ID.fullmatch(folder.as_posix()):
+        folder = fetch_adapter(folder.as_posix())
     require(folder.is_dir(), f"{name}: no such folder; train first (qlora_finetune.py), or --adapter none")
     if broken := broken_files(folder):
         again = f"python qlora_finetune.py --output-dir {shlex.quote(str(folder))} --resume"

@@ -1,4 +1,4 @@
-"""The Hugging Face hub: snapshots without pickles, and its errors in plain words."""
+"""The Hugging Face hub: snapshots and adapters without pickles, and its errors in plain words."""
 
 import contextlib
 import errno
@@ -15,11 +15,24 @@ from qlora.fetch import hide_passwords
 WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model"]
 WANTED += ["merges.txt", "vocab*"]
 UNWANTED = ["original/*", "consolidated*", "onnx/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.msgpack", "*.h5"]
+# Of an adapter: what is read, and what may be shown. No patterns: a repository can hold anything beside them.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
+TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "qlora.json", "complete.json")
+ADAPTER_FILES += TOKENIZER_FILES
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
+ADAPTER_ID = re.compile(REPOSITORY.pattern + r"(@\w[\w./-]*)?")  # with a revision, or without
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EMFILE)
 # What huggingface_hub and httpx raise where nothing answers.
 UNREACHABLE = {"LocalEntryNotFoundError", "ConnectionError", "HTTPError"}
 LISTS = re.compile("/api/(?!resolve-cache/)")  # addresses of what the client reads into memory
 LARGEST_LIST, LONGEST_WAIT = 50 << 20, 30  # bytes, seconds
+LONGEST_WRITE = 300  # seconds that the hub may think about an upload: it looks into the files
+INSTEAD = {
+    "model": f"; without the hub: --model {BUNDLED}",
+    "dataset": "; without the hub: --dataset imdb",
+    "adapter": "; there is no folder of that name here either",
+}
 
 
 class GatedError(UserError):
@@ -36,6 +49,31 @@ def snapshot(hub_id: str, revision: str | None) -> tuple[Path, str]:
     if not (folder / "config.json").is_file():
         raise UserError(f"the hub's {hub_id} has no config.json: it is no model for transformers")
     return folder, folder.name  # the cache names a snapshot's folder by its commit
+
+
+def adapter(name: str) -> Path:
+    """The folder of an adapter of the hub, owner/name or owner/name@revision; its commit is printed."""
+    hub_id, _, revision = name.partition("@")
+    with asking(hub_id, "adapter"):
+        from huggingface_hub import snapshot_download
+
+        patterns = {"allow_patterns": list(ADAPTER_FILES)}
+        folder = Path(snapshot_download(hub_id, revision=revision or None, **patterns))
+    if not (folder / ADAPTER_FILES[0]).is_file():
+        whole = f"a whole model: --adapter none --model {hub_id}"
+        raise UserError(f"the hub's {hub_id} has no {ADAPTER_FILES[0]}: it is no adapter ({whole})")
+    if not (folder / ADAPTER_FILES[1]).is_file():
+        raise UserError(f"the hub's {hub_id} has no {ADAPTER_FILES[1]}; pickles are never fetched")
+    note(f"fetched    {hub_id}@{folder.name}")
+    return folder
+
+
+def name_of(folder: Path) -> str:
+    """'…/models--you--reviews/snapshots/0123…' -> 'reviews'; of other folders their own name."""
+    whole = folder.resolve()
+    if whole.parent.name == "snapshots" and whole.parents[1].name.startswith("models--"):
+        return whole.parents[1].name.split("--")[-1]
+    return whole.name
 
 
 def config_file(hub_id: str) -> Path:
@@ -67,7 +105,8 @@ def is_refused(hub_id: str) -> bool:
 
 @contextlib.contextmanager
 def asking(name: str, kind: str) -> Iterator[None]:
-    """The block asks the hub for a model or dataset: with limits, and errors become UserErrors.
+    """The block asks the hub for a model, dataset, adapter or (to write) repository: with limits, and
+    errors become UserErrors.
 
     Imports of huggingface_hub belong into it: they fail where HF_ENDPOINT is no address.
     """
@@ -76,6 +115,8 @@ def asking(name: str, kind: str) -> Iterator[None]:
 
         set_client_factory(careful_client)
         yield
+    except UserError:
+        raise
     except Exception as error:  # the client's own kinds, httpx's and OSError
         raise explain(error, name, kind) from None
 
@@ -97,8 +138,9 @@ def careful_client():
 def limit_waiting(request) -> None:
     from huggingface_hub.constants import HF_HUB_DOWNLOAD_TIMEOUT
 
+    most = LONGEST_WRITE if request.method in ("POST", "PUT") else HF_HUB_DOWNLOAD_TIMEOUT
     waits = request.extensions["timeout"]  # seconds to connect, between two parts of the answer, …
-    request.extensions["timeout"] = {k: HF_HUB_DOWNLOAD_TIMEOUT if v is None else v for k, v in waits.items()}
+    request.extensions["timeout"] = {k: most if v is None else v for k, v in waits.items()}
 
 
 def check_answer(response) -> None:
@@ -149,14 +191,21 @@ def explain(error: Exception, name: str, kind: str) -> UserError:
         what = f"the hub has no {kind} '{name}' (or it is private and no token is set){presets}"
     elif "RevisionNotFoundError" in kinds:
         what = f"the hub's {name} has no such revision"
+    elif kind == "repository" and statuses & {401, 403}:
+        what = (
+            f"the hub refuses {name} ({answered(causes)}): `hf auth login` with a token that may write there"
+        )
     elif statuses & {401, 403}:
         what = f"the hub refuses this token for {name}: `hf auth login` again, or unset HF_TOKEN"
     elif "HFValidationError" in kinds:
         what = f"'{name}' is neither a file or folder here nor a hub id (owner/name)"
     elif kinds & {"UnicodeEncodeError", "LocalProtocolError"}:
         what = "the Hugging Face hub can't be asked: the token (HF_TOKEN, `hf auth login`) has odd characters"
+    elif kind == "repository" and (statuses - {None} or kinds & {"ValueError", "KeyError", "RuntimeError"}):
+        what = f"the hub did not take {name} ({answered(causes)})"
     elif kinds & UNREACHABLE:
-        what = f"the Hugging Face hub can't be reached ({told(causes[-1])}); {name} is not in the cache"
+        cached = f"; {name} is not in the cache" if kind != "repository" else ""
+        what = f"the Hugging Face hub can't be reached ({told(causes[-1])}){cached}"
     elif isinstance(error, (MemoryError, OSError)) and getattr(error, "errno", None) in DISK:
         raise error
     elif kind == "dataset":  # one without data files, with several configurations, with a script, …
@@ -166,9 +215,14 @@ def explain(error: Exception, name: str, kind: str) -> UserError:
         why = type(error).__name__ + (f": {told(error)}" if "InvalidURL" not in kinds else "")
         settings = "HF_ENDPOINT, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE"
         what = f"the Hugging Face hub can't be asked ({why}); check {settings}"
-    instead = f"--model {BUNDLED}" if kind == "model" else "--dataset imdb"
     error = GatedError if gated else UserError
-    return error(f"{what}; without the hub: {instead}")
+    return error(what + INSTEAD.get(kind, ""))
+
+
+def answered(causes: list[BaseException]) -> str:
+    """What the hub itself said, else what its client says; in one line."""
+    said = [text for cause in causes if (text := getattr(cause, "server_message", None))]
+    return told(Exception(" ".join((said or [str(causes[0])])[0].split())))
 
 
 def told(error: BaseException) -> str:

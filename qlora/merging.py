@@ -9,13 +9,14 @@ import torch
 
 from config import FEW_SHOT, MERGE_KEEPS
 from qlora.adapters import Adapter
+from qlora.cards import PLAIN, plain_card
 from qlora.cli import UsageError, UserError, note, require
-from qlora.files import free_bytes, seal, staged
+from qlora.files import free_bytes, seal, staged, write_text
 from qlora.loading import Base, load_base
 from qlora.logits import last_logits
 from qlora.measures import relative_error
 from qlora.packed import METHODS as PACKED
-from qlora.prompts import render, sentiment_prompt
+from qlora.prompts import render, sentiment_messages, sentiment_prompt
 from qlora.weights import dequantized, trainable_and_all
 
 
@@ -68,6 +69,13 @@ def merge_into(
         seal(part)
     size = sum(p.stat().st_size for p in out.iterdir()) / 1e9
     note(f"weights    {str(merged.dtype).removeprefix('torch.')}, {size:.2f} GB")
+
+
+def write_card(out: Path, adapter: Adapter, base: Base) -> None:
+    """README.md of a merged model, for the hub."""
+    asks = adapter.prompt is not None and adapter.prompt.asks
+    messages = sentiment_messages(adapter.prompt, "Your text.") if asks else []
+    write_text(out / "README.md", plain_card(out.name, base.info.public_name, messages, **PLAIN))
 
 
 @dataclass

@@ -140,7 +140,7 @@ def adapter_ledger(folder: Path, model) -> dict:
     W is the weight as `model` holds it, dequantized. Raises UserError where the folder is damaged or the
     adapter belongs to another model.
     """
-    read_adapter(folder)  # refuses what is damaged
+    folder = read_adapter(folder).folder  # refuses what is damaged
     config = LoraConfig.from_pretrained(folder)
     config.inference_mode = False  # count as in training, and
     config.init_lora_weights = True  # without reading base weights

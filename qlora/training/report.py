@@ -5,6 +5,7 @@ from pathlib import Path
 
 from config import PRECISIONS
 from qlora import processes
+from qlora.cards import PEFT, front_matter, short
 from qlora.cli import note
 from qlora.files import write_json, write_text
 from qlora.hardware import peak_memory_bytes
@@ -163,7 +164,7 @@ def write_report(out: Path, report: dict, history: list[dict]) -> None:
     draw_curves(out / "curves.png", history, report)
     text = markdown(report)
     write_text(out / "report.md", text)
-    write_text(out / "README.md", model_card(report["base"], text))
+    write_text(out / "README.md", model_card(report, text))
     write_json(out / "report.json", report)  # last: its presence says that the run is complete
 
 
@@ -192,7 +193,7 @@ def markdown(report: dict) -> str:
         scores = [first, markdown_table(HEADERS, accuracy_rows(evaluation["pairs"], PAIR_COLUMNS)), second]
     else:
         scores = accuracy_parts(evaluation) if "tuned" in evaluation else [perplexity_line(evaluation) + "."]
-    title = f"# {report['base']['name']} + LoRA on {report['settings']['dataset']}"
+    title = f"# {short(report['base']['name'])} + LoRA on {short(report['settings']['dataset'])}"
     machine = f"Run {report['name']}: {env['device_name']}, {env['dtype']} ({env['why']}); {versions}."
     if grid := report["settings"].get("qat"):
         through = f"every merged weight W + s B A went through its grid (`--qat {grid}`)"
@@ -219,12 +220,10 @@ def accuracy_parts(evaluation: dict) -> list[str]:
     return parts
 
 
-def model_card(base: dict, text: str) -> str:
-    return f"""---
-base_model: {base["public_name"]}
-library_name: peft
-tags: [qlora, lora]
----
+def model_card(report: dict, text: str) -> str:
+    base, scores = report["base"], report["evaluation"]
+    scores = scores if "tuned" in scores else None
+    return f"""{front_matter(base["public_name"], report["settings"]["dataset"], scores, **PEFT)}
 {text}
 ## Use
 
@@ -287,7 +286,7 @@ def draw_curves(path: Path, history: list[dict], report: dict) -> None:
     left.legend(frameon=False)
     right.plot(steps, [h.get("grad_norm", float("nan")) for h in history], color=COLOURS[3], linewidth=1)
     right.set(title="gradient norm before clipping", xlabel="step", ylabel="all LoRA matrices", yscale="log")
-    what = f"{report['base']['name']} on {report['settings']['dataset']}"
+    what = f"{short(report['base']['name'])} on {short(report['settings']['dataset'])}"
     figure.suptitle(f"{what}: {report['train']['steps']} steps", fontsize=10)
     save(figure, path)
 

@@ -30,7 +30,7 @@ WRITTEN = (
     *("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"),
 )
 TRACKED = ("tensorboard", "trackio", "wandb")  # folders of its trackers, deleted by --overwrite as well
-NOT_KEPT = ("resume", "overwrite", "output_dir")
+NOT_KEPT = ("resume", "overwrite", "output_dir", "push_to_hub", "private")
 NOT_COMPARED = (*NOT_KEPT, "run_name", "report_to")  # labels: they may change on --resume
 EDITED = "give the settings as flags with --overwrite to start again"
 
