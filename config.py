@@ -199,6 +199,9 @@ class TrainSettings(ModelSettings):
     grad_accum: int = 1
     # Peak rate. LoRA needs about ten times the rate of full fine-tuning ("LoRA Without Regret").
     learning_rate: float = 5e-4
+    # Instead of a run: train 200 rows from the same start at each of five rates, from a tenth of
+    # --learning-rate to ten times it, and show losses and held-out scores. Writes nothing, chooses nothing.
+    find_lr: bool = False
     # Quantization-aware: training rounds W + s B A as a file of this type will: GGUF's Q4_0 and Q8_0, int4
     # (symmetric, groups of 32), fp8 (E4M3, a scale a row). A CPU leaves the layers to the libraries, slower.
     qat: Optional[QatType] = None
@@ -228,8 +231,11 @@ class InferSettings:
     lane: Lane = "auto"
     # auto: what the adapter was trained on (for the base alone nf4, or as a GPTQ or AWQ model is quantized).
     precision: Literal["auto", Precision] = "auto"
-    # A file with one prompt per line, answered in batches.
+    # A file with one prompt per line, answered in batches; with --answers also a .csv, .jsonl or .parquet file.
     prompts: Optional[Path] = None
+    # Write the answers to --prompts into this .csv or .jsonl file: the input's columns, then label, probability
+    # of each label, answer. The same command again goes on where a stopped one ended.
+    answers: Optional[Path] = None
     # Send the prompt as an ordinary chat message, without the adapter's question around it.
     plain: bool = False
     # Show the base's answer beside the adapter's.
@@ -240,6 +246,8 @@ class InferSettings:
     dataset: str = "auto"
     # Rows for --evaluate. Default: those that training held out; of other data all there are, at most 400.
     eval_samples: Optional[int] = None
+    # --evaluate: the base with so many training rows as examples in its prompt (0: none) beside the adapter.
+    shots: Optional[tuple[int, ...]] = None
     # Write adapter and base as one plain model into this folder.
     merge: Optional[Path] = None
     # What --merge adds the adapter to: the values it was trained on, or the original 16-bit weights.
