@@ -116,6 +116,8 @@ PACKAGED_DATASETS = ("imdb", "rotten_tomatoes")  # by the packaged file's `sourc
 
 EVAL_SAMPLES = 400  # held-out rows scored by default
 
+FIND_LR_ROWS = 200  # rows to train on, and held-out rows to score, at each rate of --find-lr
+
 # Short, because every row pays for these tokens again; benchmarks/recipe.md has what else was tried.
 SENTIMENT_SYSTEM = "You judge movie reviews."
 SENTIMENT_QUESTION = "Is this review positive or negative?"
@@ -231,10 +233,10 @@ class InferSettings:
     lane: Lane = "auto"
     # auto: what the adapter was trained on (for the base alone nf4, or as a GPTQ or AWQ model is quantized).
     precision: Literal["auto", Precision] = "auto"
-    # A file with one prompt per line, answered in batches; with --answers also a .csv, .jsonl or .parquet file.
+    # A file with one prompt per line, answered in batches; for --answers also a .csv, .jsonl or .parquet.
     prompts: Optional[Path] = None
-    # Write the answers to --prompts into this .csv or .jsonl file: the input's columns, then label, probability
-    # of each label, answer. The same command again goes on where a stopped one ended.
+    # Write the answers to --prompts into this .csv or .jsonl file: the input's columns, then label,
+    # probability of each label, answer. The same command again goes on where a stopped one ended.
     answers: Optional[Path] = None
     # Send the prompt as an ordinary chat message, without the adapter's question around it.
     plain: bool = False

@@ -12,7 +12,7 @@ import dataclasses
 import shlex
 from collections.abc import Sequence
 
-from config import LORA_VARIANTS, MAX_GRAD_NORM, TrainSettings
+from config import FIND_LR_ROWS, LORA_VARIANTS, MAX_GRAD_NORM, TrainSettings
 from qlora import processes
 from qlora.cli import UsageError, note, parse, require, run
 from qlora.training.run_folder import open_run, saved_settings
@@ -26,6 +26,10 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
         s = parse(TrainSettings, argv, __doc__, default=earlier)
     require(not (s.resume and s.overwrite), "--resume and --overwrite: choose one of them")
     require(s.question is None or s.question.strip() != "", "--question is empty")
+    if s.find_lr:
+        require(not (s.resume or s.overwrite), "--find-lr writes nothing: leave --resume and --overwrite out")
+        require(processes.count() == 1, "--find-lr: in one process (python qlora_finetune.py …)")
+        s = dataclasses.replace(s, samples=min(s.samples, FIND_LR_ROWS))
     if s.qat:
         alone = f"--qat {s.qat} rounds one merged weight a layer"
         whole = s.lora_variant not in ("dora", "pissa", "olora")
@@ -39,7 +43,7 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
     global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, packed, plan, prompts
-    global qat, report, shapes, sharding, sources, variants, BeforeAfter, QLoRATrainer
+    global forgetting, qat, rates, report, shapes, sharding, sources, variants, BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
@@ -62,7 +66,7 @@ def import_libraries() -> None:
         variants,
     )
     from qlora.memory import plan
-    from qlora.training import guards, report, sharding
+    from qlora.training import forgetting, guards, rates, report, sharding
     from qlora.training.before_after import BeforeAfter
     from qlora.training.trainer import QLoRATrainer
 
@@ -136,6 +140,10 @@ def train(run) -> None:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     note(f"kernels    {fast.make_fast(model, machine.lane)}")
 
+    if s.find_lr:
+        rates.show_rates(s, model, comparison, examples, lambda s: training_arguments(s, machine))
+        return
+
     # 3. All flags have proved possible: the folder may change. What can the base do? Then train.
     run.begin(s)
     before = comparison.score_before(run, model, rows, start.variant.start)
@@ -157,6 +165,7 @@ def train(run) -> None:
     processes.wait()
     note(f"guards     all {len(healthy.results)} held")
     evaluation = comparison.score_after(model, before)
+    forgotten = forgetting.compare(base, model, before["forgetting"])
     if not processes.is_first():
         return
     lora_size = report.lora_section(model)
@@ -170,6 +179,7 @@ def train(run) -> None:
         "memory": report.memory_section(machine.device, measured, predicted, weights_bytes),
         "train": report.train_section(measured, trainer.history),
         "evaluation": evaluation,
+        "forgetting": forgotten,
         "guards": healthy.results,
         "seconds": trainer.counts.measured()["run_seconds"],
     }

@@ -9,31 +9,21 @@ import io
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from qlora import columns, evaluation, files, prompts
+from qlora import evaluation, files, prompts
 from qlora.adapters import NOTES, WEIGHTS
-from qlora.cli import UsageError, UserError, first_line, note, progress, require
-from qlora.data import Unusable, as_text, reasons
+from qlora.cli import UserError, first_line, note, progress, require
+from qlora.data import reasons
+from qlora.prompt_files import Table, read_table
 
-TEXT_COLUMNS = ("text", "review", "prompt", "instruction")  # looked for in this order
 SCORED_AT_ONCE = 8  # batches of labels: scoring sorts rows by length, and shares what they begin with
 # What --answers of an earlier command has to agree with, so that rows of two commands never mix.
 SETTINGS = ("model", "precision", "plain", "temperature", "top_p", "top_k", "max_new_tokens", "batch_size")
 SETTINGS += ("seed",)
-
-
-@dataclass
-class Table:
-    """A file of prompts: all its columns, and what is asked in each row (None: no text, `left_out` says why)."""
-
-    names: list[str]
-    rows: list[tuple]
-    texts: list[str | None]
-    left_out: list[tuple[str, int]] = field(default_factory=list)
 
 
 @dataclass
@@ -94,9 +84,8 @@ def open_job(s, adapter) -> Job:
     new = ["label", *(f"p_{label}" for label in labels)] if labels else []
     names = [*table.names, *(free_name(name, table.names) for name in [*new, "answer"])]
     per_batch = s.batch_size * (SCORED_AT_ONCE if labels else 1)
-    job = Job(
-        s.answers, table, adapter, labels, names, per_batch, depends_on(s, adapter) | {"columns": names}
-    )
+    made_of = depends_on(s, adapter) | {"columns": names}
+    job = Job(s.answers, table, adapter, labels, names, per_batch, made_of)
     take_up(job)
     return job
 
@@ -108,63 +97,10 @@ def free_name(name: str, taken: list[str]) -> str:
     return name
 
 
-def read_table(path: Path, named=None) -> Table:
-    """A .csv, .jsonl or .parquet file, or lines of text; `named`: --columns, as in ("text=review",)."""
-    ending, name = path.suffix.lower(), f"--prompts {path}"
-    try:
-        if ending not in columns.READERS:
-            lines = path.read_bytes().decode("utf-8-sig").splitlines()
-            return with_texts(["row", "text"], list(enumerate(lines, 1)), "text")
-        names, column = columns.READERS[ending](path)
-        rows = list(zip(*(column(each) for each in names)))
-    except UnicodeDecodeError:
-        raise UsageError(f"{name}: not text in UTF-8") from None
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{name}: not readable as {ending[1:]} ({first_line(error)})") from None
-    require(bool(rows), f"{name}: it has no rows")
-    require(len(set(names)) == len(names), f"{name}: several columns have the same name")
-    return with_texts(names, rows, text_column(name, names, named))
-
-
-def text_column(file: str, names: list[str], named=None) -> str:
-    """Which column is asked: the one that --columns names, one of TEXT_COLUMNS, or the only one."""
-    pairs = dict(pair.split("=", 1) for pair in named or () if "=" in pair)
-    wanted = [pairs["text"]] if "text" in pairs else [*TEXT_COLUMNS, *(names if len(names) == 1 else [])]
-    found = [name for name in wanted if name in names]
-    there = f"found the columns {', '.join(map(repr, names[:20]))[:400]}"
-    require(bool(found), f"{file}: {there}; expected one called {' or '.join(wanted)}")
-    return found[0]
-
-
-def with_texts(names: list[str], rows: list[tuple], column: str) -> Table:
-    """The table, and what is asked in each row: a cell of `column`, an instruction with its `input`."""
-    table, at = Table(names, rows, []), names.index(column)
-    extra = names.index(columns.OPTIONAL) if column == "instruction" and columns.OPTIONAL in names else None
-    for number, row in enumerate(rows, 1):
-        try:
-            text = as_text(row[at], column).strip()
-            if extra is not None and row[extra] not in (None, ""):
-                text = f"{text}\n\n{as_text(row[extra], columns.OPTIONAL)}"
-        except Unusable as error:
-            table.left_out.append((str(error), number))
-            text = None
-        if text == "":
-            table.left_out.append((f"no {column}", number))
-        table.texts.append(text or None)
-    return table
-
-
 def depends_on(s, adapter) -> dict:
     """What the answers are made of: other input, adapter or settings give another file."""
-    made_by = (
-        [
-            files.sha256_of(adapter.folder / name)
-            for name in (WEIGHTS, NOTES)
-            if (adapter.folder / name).is_file()
-        ]
-        if adapter
-        else ["none"]
-    )
+    paths = [adapter.folder / name for name in (WEIGHTS, NOTES)] if adapter else []
+    made_by = [files.sha256_of(path) for path in paths if path.is_file()]
     settings = {name: getattr(s, name) for name in SETTINGS}
     return {"prompts": files.sha256_of(s.prompts), "adapter": made_by, **settings}
 
@@ -179,9 +115,7 @@ def take_up(job: Job) -> None:
     name, record = f"--answers {job.out}", record_of(job.out)
     if not job.out.exists():
         return
-    require(
-        record.exists(), f"{name}: there is such a file, and it is not of such a run; choose another name"
-    )
+    require(record.exists(), f"{name}: a file of other origin is there; choose another name")
     before = files.read_record(record, f"delete it and {job.out}")[0]
     changed = [f"--{key.replace('_', '-')}" for key in job.made_of if before.get(key) != job.made_of[key]]
     fresh = f"choose another name, or delete {job.out} to begin again"
@@ -190,7 +124,7 @@ def take_up(job: Job) -> None:
 
 
 def whole_batches(job: Job, data: bytes, fresh: str) -> tuple[int, int]:
-    """(rows, bytes) of the file's beginning that stays; raises UserError where its rows are not the input's."""
+    """(rows, bytes) of the file's beginning that stays; UserError where its rows are not the input's."""
     if not data.startswith(job.header):
         require(job.header.startswith(data), f"--answers {job.out}: its columns were changed; {fresh}")
         return 0, 0  # stopped inside the header
@@ -251,10 +185,8 @@ def write(job: Job, model, base, ask: Callable, reply: Callable) -> None:
                 job.done = batch.stop
                 step(len(batch))
         except KeyboardInterrupt:
-            again = "run the same command again to go on"
-            raise KeyboardInterrupt(
-                f"stopped: {job.done} of {total} rows are in {job.out}; {again}"
-            ) from None
+            there = f"{job.done} of {total} rows are in {job.out}"
+            raise KeyboardInterrupt(f"stopped: {there}; the same command again goes on") from None
     if left_out:
         note(f"note       {len(left_out)} of {total} rows have no answer: {reasons(left_out)}")
     note(f"written    {job.out}: {total} rows")
@@ -300,7 +232,7 @@ def label_prompt(job: Job, base, text: str) -> list[int]:
 
 
 def label_cells(labels: tuple[str, ...], scores: np.ndarray) -> list:
-    """[label, probability of each, label as the answer]: logs of 0.6 and 0.2 -> ['Negative', 0.75, 0.25, …]"""
+    """[label, probability of each, label as the answer]: logs of 0.6, 0.2 -> ['Negative', 0.75, 0.25, …]"""
     shares = np.exp(scores.astype(np.float64) - scores.max())
     best = labels[int(scores.argmax())]
     return [best, *(round(float(share), 6) for share in shares / shares.sum()), best]

@@ -1,4 +1,4 @@
-"""Examples in the prompt beside fine-tuning: the base with 0, 4, 16 … training rows shown, on the same rows."""
+"""Examples in the prompt beside fine-tuning: the base shown 0, 4, 16 … training rows, on the same rows."""
 
 import contextlib
 import random
@@ -57,7 +57,7 @@ def show(base, model, who: tuple, rows: tuple, counts) -> None:
 
 
 def fitting(base, prompt: prompts.PromptFormat, pool: list, count: int) -> tuple[list[tuple[str, int]], int]:
-    """(`count` examples (text, label), tokens of each at most): as long as the model's context has room for."""
+    """(`count` examples (text, label), tokens of each at most), as long as the context has room for."""
     for tokens in LENGTHS:
         shots = examples(base.tokenizer, pool, count, tokens)
         if length(base, prompt, shots) <= base.context_length:

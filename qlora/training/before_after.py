@@ -18,6 +18,7 @@ from qlora.cli import UserError, note, progress
 from qlora.data import Row, evenly
 from qlora.files import write_record
 from qlora.loading import Base
+from qlora.training import forgetting
 from qlora.training.run_folder import BEFORE, Run
 
 
@@ -50,6 +51,7 @@ class BeforeAfter:
         }
         if not self.prompt.asks:
             parts = {"perplexity": lambda: {"perplexity": self._perplexity(model, "base")}}
+        parts["forgetting"] = lambda: {"forgetting": forgetting.measure(self.base, model, "base")}
         with contextlib.nullcontext() if start == "split" else model.disable_adapter():
             for name, measure in parts.items():
                 if name not in before:
@@ -84,6 +86,12 @@ class BeforeAfter:
             "tuned": self._report(scores.argmax(1).tolist()),
             "flips": {"fixed": len(changed["fixed"]), "broken": len(changed["broken"]), "examples": examples},
         }
+
+    def score_now(self, model, who: str) -> dict:
+        """An accuracy_report of the held-out rows, or their perplexity, of the model as it is now."""
+        if self.prompt.asks:
+            return self._report(self._scores(model, self.prompts, who).argmax(1).tolist())
+        return self._perplexity(model, who)
 
     def _scores(self, model, prompts: list[list[int]], who: str) -> np.ndarray:
         return e.score_answers(self.base, model, self.prompt, prompts, who)

@@ -12,6 +12,7 @@ from qlora.logits import IGNORE
 from qlora.measures import percent
 from qlora.pictures import COLOURS, new_axes, save
 from qlora.tables import markdown_table, table
+from qlora.training import forgetting
 from qlora.weights import trainable_and_all
 
 COLUMNS = {
@@ -104,8 +105,9 @@ def show_result(report: dict) -> None:
     """The result on stdout, what it cost on stderr."""
     evaluation = report["evaluation"]
     note(f"training   {train_line(report['train'])}\n           {memory_line(report['memory'])}\n")
+    forgotten = f"  {forgetting.summary(report['forgetting'])}"
     if "tuned" not in evaluation:
-        print(perplexity_line(evaluation))
+        print(perplexity_line(evaluation), forgotten, sep="\n")
         return
     flips = evaluation["flips"]
     print(f"the same {evaluation['rows']} held-out rows, before and after")
@@ -114,6 +116,7 @@ def show_result(report: dict) -> None:
     for each in flips["examples"]:
         change = f"{each['before']} -> {each['after']} (truth {each['truth']})"
         print(f"  {each['kind']}: {change}: … {each['text'][-160:]}")
+    print(forgotten)
 
 
 def write_report(out: Path, report: dict, history: list[dict]) -> None:
@@ -140,6 +143,7 @@ def markdown(report: dict) -> str:
         ("guards that held", f"{len(guards)}: {', '.join(guards)}"),
     ]
     scores = accuracy_parts(evaluation) if "tuned" in evaluation else [perplexity_line(evaluation) + "."]
+    scores += forgetting.markdown_parts(report["forgetting"])
     title = f"# {report['base']['name']} + LoRA on {report['settings']['dataset']}"
     machine = f"{env['device_name']}, {env['dtype']} ({env['why']}); {versions}."
     if grid := report["settings"].get("qat"):

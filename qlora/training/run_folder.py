@@ -29,7 +29,7 @@ WRITTEN = (
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"),
 )
-NOT_COMPARED = ("resume", "overwrite", "output_dir")
+NOT_COMPARED = ("resume", "overwrite", "output_dir", "find_lr")
 EDITED = "give the settings as flags with --overwrite to start again"
 
 
@@ -115,10 +115,11 @@ def saved_settings(out: Path, kind: type):
 def open_run(settings) -> Iterator[Run]:
     """Lock the output folder and check what is in it; raises UsageError or UserError.
 
-    Nothing is changed yet: see Run.begin(). Of several processes the first does this.
+    Nothing is changed yet: see Run.begin(). Of several processes the first does this, and
+    --find-lr needs no folder.
     """
     out: Path = settings.output_dir
-    if not processes.is_first():
+    if settings.find_lr or not processes.is_first():
         yield Run(settings)
         return
     # .lock and a part of settings.json can be all that a killed run had time to write.
