@@ -121,6 +121,7 @@ EVAL_SAMPLES = 400  # held-out rows scored by default
 
 # Peak rates by default. Preferences: DPO's loss only compares, and at a high rate it drives both replies out.
 LEARNING_RATE, PREFERENCE_RATE = 5e-4, 5e-5
+FIND_LR_ROWS = 200  # rows to train on, and held-out rows to score, at each rate of --find-lr
 
 # Short, because every row pays for these tokens again; benchmarks/recipe.md has what else was tried.
 SENTIMENT_SYSTEM = "You judge movie reviews."
@@ -215,6 +216,9 @@ class TrainSettings(ModelSettings):
     # Peak rate. LoRA needs about ten times the rate of full fine-tuning ("LoRA Without Regret"). Default:
     # 5e-4, with --objective preference 5e-5.
     learning_rate: Optional[float] = None
+    # Instead of a run: train 200 rows from the same start at each of five rates, from a tenth of
+    # --learning-rate to ten times it, and show losses and held-out scores. Writes nothing, chooses nothing.
+    find_lr: bool = False
     # Quantization-aware: training rounds W + s B A as a file of this type will: GGUF's Q4_0 and Q8_0, int4
     # (symmetric, groups of 32), fp8 (E4M3, a scale a row). A CPU leaves the layers to the libraries, slower.
     qat: Optional[QatType] = None
@@ -259,8 +263,11 @@ class InferSettings:
     lane: Lane = "auto"
     # auto: what the adapter was trained on (for the base alone nf4, or as a GPTQ or AWQ model is quantized).
     precision: Literal["auto", Precision] = "auto"
-    # A file with one prompt per line, answered in batches.
+    # A file with one prompt per line, answered in batches; for --answers also a .csv, .jsonl or .parquet.
     prompts: Optional[Path] = None
+    # Write the answers to --prompts into this .csv or .jsonl file: the input's columns, then label,
+    # probability of each label, answer. The same command again goes on where a stopped one ended.
+    answers: Optional[Path] = None
     # Send the prompt as an ordinary chat message, without the adapter's question around it.
     plain: bool = False
     # Show the base's answer beside the adapter's.
@@ -273,6 +280,8 @@ class InferSettings:
     eval_samples: Optional[int] = None
     # One table of the runs in these folders' subfolders, by date; without a folder: in the current one.
     runs: Optional[tuple[Path, ...]] = None
+    # --evaluate: the base with so many training rows as examples in its prompt (0: none) beside the adapter.
+    shots: Optional[tuple[int, ...]] = None
     # Write adapter and base as one plain model into this folder.
     merge: Optional[Path] = None
     # What --merge adds the adapter to: the values it was trained on, or the original 16-bit weights.

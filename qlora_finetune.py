@@ -13,7 +13,14 @@ import shlex
 from collections.abc import Sequence
 from datetime import datetime
 
-from config import LEARNING_RATE, LORA_VARIANTS, MAX_GRAD_NORM, PREFERENCE_RATE, TrainSettings
+from config import (
+    FIND_LR_ROWS,
+    LEARNING_RATE,
+    LORA_VARIANTS,
+    MAX_GRAD_NORM,
+    PREFERENCE_RATE,
+    TrainSettings,
+)
 from qlora import processes, publishing
 from qlora.cli import UsageError, note, parse, require, run
 from qlora.training import trackers
@@ -36,6 +43,12 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
     rate = s.learning_rate or (PREFERENCE_RATE if preference else LEARNING_RATE)
     s = dataclasses.replace(s, learning_rate=rate)
     trackers.check(s)
+    if s.find_lr:
+        require(not (s.resume or s.overwrite), "--find-lr writes nothing: leave --resume and --overwrite out")
+        require(not (s.report_to or s.push_to_hub), "--find-lr: leave --report-to and --push-to-hub out")
+        require(not preference, "--find-lr: not with --objective preference")
+        require(processes.count() == 1, "--find-lr: in one process (python qlora_finetune.py …)")
+        s = dataclasses.replace(s, samples=min(s.samples, FIND_LR_ROWS))
     if s.qat:
         alone = f"--qat {s.qat} rounds one merged weight a layer"
         whole = s.lora_variant not in ("dora", "pissa", "olora")
@@ -49,8 +62,8 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
     global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, packed, plan, prompts
-    global example_packs, initial, preferences, qat, report, shapes, sharding, sources, variants, watching
-    global BeforeAfter, QLoRATrainer
+    global example_packs, forgetting, initial, preferences, qat, rates, report, shapes, sharding, sources
+    global variants, watching, BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
@@ -74,7 +87,7 @@ def import_libraries() -> None:
         variants,
     )
     from qlora.memory import plan
-    from qlora.training import guards, initial, preferences, report, sharding, watching
+    from qlora.training import forgetting, guards, initial, preferences, rates, report, sharding, watching
     from qlora.training.before_after import BeforeAfter
     from qlora.training.trainer import QLoRATrainer
 
@@ -162,6 +175,10 @@ def train(run) -> None:
     if pairs:
         preferences.use_dpo(model, s.beta)
 
+    if s.find_lr:
+        rates.show_rates(s, model, comparison, filled, lambda s: training_arguments(s, machine))
+        return
+
     # 3. All flags have proved possible: the folder may change. What can the base do? Then train.
     run.begin(s)
     before = comparison.score_before(run, model, rows, start)
@@ -183,7 +200,9 @@ def train(run) -> None:
             files.publish_sealed(aside, run.out)
     processes.wait()
     note(f"guards     all {len(healthy.results)} held")
-    evaluation = comparison.score_after(model, before, held_out.chooses_on if held_out else 0)
+    chosen_on = held_out.chooses_on if held_out else 0
+    evaluation = comparison.score_after(model, before, chosen_on)
+    forgotten = forgetting.compare(base, model, before["forgetting"])
     if not processes.is_first():
         return
     lora_size = report.lora_section(model)
@@ -202,6 +221,7 @@ def train(run) -> None:
             held_out, trainer.state, s.eval_steps, measured["scoring_seconds"]
         ),
         "evaluation": evaluation,
+        "forgetting": forgotten,
         "guards": healthy.results,
         "seconds": trainer.counts.measured()["run_seconds"],
     }

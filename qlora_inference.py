@@ -45,6 +45,12 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
     require(len(jobs) < 2, f"{' and '.join(jobs)}: one thing at a time")
     require(bool(jobs) or sys.stdin is not None, "no prompt: give one, --prompts FILE, or lines on stdin")
     require(s.prompts is None or s.prompts.is_file(), f"--prompts {s.prompts}: no such file")
+    data_file = s.prompts is not None and s.prompts.suffix.lower() in (".csv", ".jsonl", ".parquet")
+    require(s.answers is None or s.prompts is not None, "--answers: name the file of --prompts")
+    require(s.answers or not data_file, f"--prompts {s.prompts}: for a data file add --answers OUT.csv")
+    require(s.answers is None or one and not s.compare, "--answers: of one --adapter, without --compare")
+    require(s.shots is None or s.evaluate and not s.compare, "--shots: with --evaluate, without --compare")
+    require(all(0 <= n <= 10_000 for n in s.shots or ()), "--shots: numbers of examples, from 0 to 10,000")
     require(s.merge is None or one and not alone, "--merge: exactly one --adapter is merged")
     here = Path(s.model if alone else s.adapter[0]).is_dir()
     require(
@@ -64,13 +70,14 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
 def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, PeftModel, TextStreamer, make_fast
-    global adapters, combining, data, evaluation, generation, hardware, hub, loading, measures, merging
-    global plan, preferences, prompts, qat, shapes
+    global adapters, answers, combining, data, evaluation, generation, hardware, hub, loading, measures
+    global merging, plan, preferences, prompts, qat, shapes, shots
     from peft import LoraConfig, PeftModel
     from transformers import BitsAndBytesConfig, TextStreamer
 
     from qlora import (
         adapters,
+        answers,
         combining,
         data,
         evaluation,
@@ -83,6 +90,7 @@ def import_libraries() -> None:
         prompts,
         qat,
         shapes,
+        shots,
     )
     from qlora.fast import make_fast
     from qlora.memory import plan
@@ -107,6 +115,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     publishing.check(s)
     if s.push_to_hub and not s.merge:
         publishing.push_chosen(s, chosen)
+        return
+
+    job = answers.open_job(s, chosen[0] if chosen else None) if s.answers else None
+    if job and job.is_complete:
+        note(f"{job.out} holds all {job.done} answers; nothing to do")
         return
 
     # 1. The base, in the precision that the first adapter was trained on; by default NF4.
@@ -151,6 +164,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         merged = shlex.quote(str(s.merge))
         note(f'next       python qlora_inference.py --adapter none --model {merged} "the whole prompt"')
         publishing.push_model(s, s.merge)
+    elif job:
+        ask = lambda text: to_ids(s, chosen[0] if chosen else None, base, text)
+        answers.write(job, model, base, ask, lambda rows: generate(s, model, base, rows))
     elif s.evaluate:
         evaluate(s, chosen, model, base)
     elif s.prompt is None and s.prompts is None and sys.stdin.isatty():
@@ -302,6 +318,10 @@ def evaluate(s: InferSettings, chosen: list, model, base) -> None:
         note(f"data       {found.origin}: {len(rows)} held-out rows")
         if adapter:
             model.set_adapter(adapter.peft_name)
+        if s.shots is not None:
+            pool = shots.rows_to_show(name, trained, found, rows, s.shots)
+            shots.show(base, model, (prompt, adapter), (rows, pool), s.shots)
+            continue
         if adapter and s.compare:
             with model.disable_adapter():
                 show_score(base, model, prompt, rows, "base")

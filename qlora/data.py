@@ -313,15 +313,19 @@ def held_out_rows(dataset: str, trained: dict, count: int | None) -> tuple[list[
     `trained` is what its qlora.json says of its data: name, seed, eval_samples, of a file its sha256.
     Raises UsageError for more rows than training held out: the next ones were trained on.
     """
-    found = load_rows(dataset)
-    same_file = "sha256" in trained and identity(dataset).get("sha256") == trained["sha256"]
-    own = dataset == trained.get("name") or same_file
+    found, own = load_rows(dataset), is_own(dataset, trained)
     there = trained.get("eval_samples", EVAL_SAMPLES) if own else len(found.held_out) or len(found.rows) - 1
     count = count or min(there, EVAL_SAMPLES)
     if own and not found.held_out and count > there:
         kept = f"training held out {there} rows of {dataset}"
         raise UsageError(f"--eval-samples {count}: {kept}; the next ones were trained on")
     return split(found, 1, count, trained["seed"])[1], found
+
+
+def is_own(dataset: str, trained: dict) -> bool:
+    """Whether this is the dataset that an adapter was trained on, by name or by a file's content."""
+    same_file = "sha256" in trained and identity(dataset).get("sha256") == trained["sha256"]
+    return dataset == trained.get("name") or same_file
 
 
 def _shuffled(rows: list[Row], seed: int) -> list[Row]:

@@ -211,6 +211,24 @@ def lock_folder(out: Path) -> FileLock:
     return lock
 
 
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Lock a file that is there; UserError where another process writes it."""
+    number = os.open(path, os.O_RDWR)
+    try:
+        if fcntl is not None:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(number)
+        raise UserError(f"{path}: another process is writing it; wait for it") from None
+    except OSError:  # a network file system without such locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(number)
+
+
 def free_bytes(folder: Path) -> int:
     """Free space on the disk that `folder` is on, or will be on."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())

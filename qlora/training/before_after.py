@@ -19,6 +19,7 @@ from qlora.data import Row, evenly
 from qlora.files import sha256_of, write_record
 from qlora.loading import Base
 from qlora.logits import IGNORE
+from qlora.training import forgetting
 from qlora.training.run_folder import BEFORE, Run
 from qlora.variants import WEIGHTS, Start
 
@@ -49,7 +50,9 @@ class BeforeAfter:
         elif before["fingerprint"] != asked:
             what = "dataset, prompt or base model have changed since this run began"
             raise UserError(f"{run.out}: {what}; start again with --overwrite")
-        for name, measure in self.parts(model, train_rows).items():
+        parts = self.parts(model, train_rows)
+        parts["forgetting"] = lambda: {"forgetting": forgetting.measure(self.base, model, "base")}
+        for name, measure in parts.items():
             with_adapter = start.variant.start == "split" or name in FROM_START
             with_adapter |= start.initial is not None and name == "perplexity"
             if name in before or name == "initial" and not start.initial:
@@ -126,6 +129,12 @@ class BeforeAfter:
             return {"loss": loss, "accuracy": sum(a == b for a, b in zip(said, truth)) / len(truth)}
 
         return score
+
+    def score_now(self, model, who: str) -> dict:
+        """An accuracy_report of the held-out rows, or their perplexity, of the model as it is now."""
+        if self.prompt.asks:
+            return self._report(self._scores(model, self.prompts, who).argmax(1).tolist())
+        return self._perplexity(model, who)
 
     def _scores(self, model, prompts: list[list[int]], who: str) -> np.ndarray:
         return e.score_answers(self.base, model, self.prompt, prompts, who)

@@ -13,6 +13,7 @@ from qlora.logits import IGNORE
 from qlora.measures import percent, with_interval
 from qlora.pictures import COLOURS, new_axes, save
 from qlora.tables import markdown_table, table
+from qlora.training import forgetting
 from qlora.weights import trainable_and_all
 
 COLUMNS = {
@@ -142,13 +143,14 @@ def show_result(report: dict) -> None:
     note(f"training   {train_line(report['train'])}\n           {memory_line(report['memory'])}\n")
     if during := report["during_training"]:
         note(f"held out   loss of {during['rows']} rows {scoring_line(during)}\n")
+    forgotten = f"  {forgetting.summary(report['forgetting'])}"
     if "pairs" in evaluation:
         first, second = pairs_lines(evaluation)
         rows = accuracy_rows(evaluation["pairs"], PAIR_COLUMNS)
-        print(first, table(HEADERS, rows), second, sep="\n")
+        print(first, table(HEADERS, rows), second, forgotten, sep="\n")
         return
     if "tuned" not in evaluation:
-        print(perplexity_line(evaluation))
+        print(perplexity_line(evaluation), forgotten, sep="\n")
         return
     flips = evaluation["flips"]
     print(f"the same {evaluation['rows']} held-out rows, before and after")
@@ -157,6 +159,7 @@ def show_result(report: dict) -> None:
     for each in flips["examples"]:
         change = f"{each['before']} -> {each['after']} (truth {each['truth']})"
         print(f"  {each['kind']}: {change}: … {each['text'][-160:]}")
+    print(forgotten)
 
 
 def write_report(out: Path, report: dict, history: list[dict]) -> None:
@@ -193,6 +196,7 @@ def markdown(report: dict) -> str:
         scores = [first, markdown_table(HEADERS, accuracy_rows(evaluation["pairs"], PAIR_COLUMNS)), second]
     else:
         scores = accuracy_parts(evaluation) if "tuned" in evaluation else [perplexity_line(evaluation) + "."]
+    scores += forgetting.markdown_parts(report["forgetting"])
     title = f"# {short(report['base']['name'])} + LoRA on {short(report['settings']['dataset'])}"
     machine = f"Run {report['name']}: {env['device_name']}, {env['dtype']} ({env['why']}); {versions}."
     if grid := report["settings"].get("qat"):

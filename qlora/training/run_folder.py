@@ -30,7 +30,7 @@ WRITTEN = (
     *("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"),
 )
 TRACKED = ("tensorboard", "trackio", "wandb")  # folders of its trackers, deleted by --overwrite as well
-NOT_KEPT = ("resume", "overwrite", "output_dir", "push_to_hub", "private")
+NOT_KEPT = ("resume", "overwrite", "output_dir", "push_to_hub", "private", "find_lr")
 NOT_COMPARED = (*NOT_KEPT, "run_name", "report_to")  # labels: they may change on --resume
 EDITED = "give the settings as flags with --overwrite to start again"
 
@@ -117,10 +117,11 @@ def saved_settings(out: Path, kind: type):
 def open_run(settings) -> Iterator[Run]:
     """Lock the output folder and check what is in it; raises UsageError or UserError.
 
-    Nothing is changed yet: see Run.begin(). Of several processes the first does this.
+    Nothing is changed yet: see Run.begin(). Of several processes the first does this, and
+    --find-lr needs no folder.
     """
     out: Path = settings.output_dir
-    if not processes.is_first():
+    if settings.find_lr or not processes.is_first():
         yield Run(settings)
         return
     # .lock and a part of settings.json can be all that a killed run had time to write.
