@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import SENTIMENT_ANSWERS, InferSettings, TrainSettings
+from config import InferSettings, TrainSettings
 from qlora.cli import UsageError, UserError, note, parse, require, run
 
 
@@ -58,7 +58,7 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, PeftModel, TextStreamer, make_fast
     global adapters, combining, data, evaluation, generation, hardware, hub, loading, measures, merging
-    global plan, prompts, qat, shapes
+    global plan, prompts, qat, scoring, shapes
     from peft import LoraConfig, PeftModel
     from transformers import BitsAndBytesConfig, TextStreamer
 
@@ -75,6 +75,7 @@ def import_libraries() -> None:
         merging,
         prompts,
         qat,
+        scoring,
         shapes,
     )
     from qlora.fast import make_fast
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         merged = shlex.quote(str(s.merge))
         note(f'next       python qlora_inference.py --adapter none --model {merged} "the whole prompt"')
     elif s.evaluate:
-        evaluate(s, chosen, model, base)
+        scoring.evaluate(s, chosen, model, base)
     elif s.prompt is None and s.prompts is None and sys.stdin.isatty():
         chat(s, chosen, model, base)
     else:
@@ -264,48 +265,6 @@ def chat(s: InferSettings, chosen: list, model, base) -> None:
             note(f"error: {error}")
         except KeyboardInterrupt:  # stops this answer, not the chat
             note()
-
-
-def evaluate(s: InferSettings, chosen: list, model, base) -> None:
-    """Accuracy with each adapter's own prompt, by default on the rows that its training held out."""
-    reviews = prompts.choose_format("sentiment", "labels", SENTIMENT_ANSWERS, TrainSettings.max_length)
-    for adapter in chosen or [None]:
-        prompt = adapter.prompt if adapter else reviews
-        if prompt is None or not prompt.asks:
-            raise UserError("--evaluate scores answers to labelled rows; this adapter was trained on none")
-        own = adapter.dataset.get("name", "imdb") if adapter else "imdb"
-        name = s.dataset if s.dataset != "auto" else own
-        trained = adapter.trained_on(name) if adapter else {"seed": s.seed}  # the base: on none of them
-        rows, found = data.held_out_rows(name, trained, s.eval_samples)
-        match_answers(name, found.answers, prompt.answers)
-        note(f"data       {found.origin}: {len(rows)} held-out rows")
-        if adapter:
-            model.set_adapter(adapter.peft_name)
-        if adapter and s.compare:
-            with model.disable_adapter():
-                show_score(base, model, prompt, rows, "base")
-        show_score(base, model, prompt, rows, adapter.name if adapter else "base")
-
-
-def match_answers(dataset: str, labels: tuple[str, ...], answers: tuple[str, ...]) -> None:
-    """An adapter's answers stand for a dataset's labels, by their order; as many of them, or UsageError."""
-    there, ours = ", ".join(labels) or "none", ", ".join(answers)
-    what = f"--dataset {dataset}: its labels are {there}, but the adapter answers {ours}"
-    require(len(labels) == len(answers), what)
-    if labels != answers:
-        pairs = ", ".join(f"{label} = {answer}" for label, answer in zip(labels, answers))
-        note(f"note       labels are matched with the adapter's answers by their order: {pairs}")
-
-
-def show_score(base, model, prompt, rows: list, who: str) -> None:
-    """One line on stdout: accuracy, its interval, and the confusion counts."""
-    ids = [prompts.sentiment_prompt(base.tokenizer, prompt, row.text) for row in rows]
-    predicted = evaluation.score_answers(base, model, prompt, ids, who).argmax(1).tolist()
-    result = evaluation.accuracy_report(predicted, [row.label for row in rows], prompt.answers)
-    confusion = result["confusion"].items()
-    counts = [f"{truth} read as {said} {n}" for truth, row in confusion for said, n in row.items()]
-    right, low, high = (measures.percent(result[key]) for key in ("accuracy", "low", "high"))
-    print(f"{who:22} {right:>6}   {low} to {high}   ({', '.join(counts)})", flush=True)
 
 
 if __name__ == "__main__":

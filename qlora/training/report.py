@@ -11,6 +11,7 @@ from qlora.hardware import peak_memory_bytes
 from qlora.logits import IGNORE
 from qlora.measures import percent
 from qlora.pictures import COLOURS, new_axes, save
+from qlora.sources import HUB_GGUF
 from qlora.tables import markdown_table, table
 from qlora.weights import trainable_and_all
 
@@ -163,8 +164,9 @@ def accuracy_parts(evaluation: dict) -> list[str]:
 
 
 def model_card(base: dict, text: str) -> str:
+    file = HUB_GGUF.fullmatch(base["public_name"])  # the hub wants the repository's name
     return f"""---
-base_model: {base["public_name"]}
+base_model: {file[1] if file else base["public_name"]}
 library_name: peft
 tags: [qlora, lora]
 ---
@@ -205,8 +207,9 @@ def loading_snippet(base: dict) -> str:
     if revision and ":" not in revision:  # a commit
         options.append(f'revision="{revision}"')
     if from_gguf:
-        options.append(f'gguf_file="{Path(source).name}"')
-        source = Path(source).parent
+        file = HUB_GGUF.fullmatch(source)
+        source, name = file.groups() if file else (Path(source).parent, Path(source).name)
+        options.append(f'gguf_file="{name}"')
     elif revision.startswith("gguf"):
         remark = "# Trained on a GGUF file of this model: its weights are near the hub's, not the same.\n"
     return f'{remark}base = AutoModelForCausalLM.from_pretrained("{source}", {", ".join(options)})'

@@ -19,17 +19,20 @@ from qlora.files import (
     read_record,
     remove_leftovers,
     write_record,
+    write_text,
 )
+from qlora.settings_file import as_yaml
 
 SETTINGS, BEFORE, REPORT = "settings.json", "before.json", "report.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "qlora.json")
+CONFIG = "config.yaml"  # the same settings for --config
 # All that a run writes besides its settings; --overwrite deletes these and nothing else.
 WRITTEN = (
-    *(REPORT, SEAL, BEFORE, *ADAPTER, "report.md", "README.md", "curves.png"),
+    *(REPORT, SEAL, BEFORE, *ADAPTER, CONFIG, "report.md", "README.md", "curves.png"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"),
 )
-NOT_COMPARED = ("resume", "overwrite", "output_dir")
+NOT_COMPARED = ("resume", "overwrite", "output_dir", "config", "test")
 EDITED = "give the settings as flags with --overwrite to start again"
 
 
@@ -83,6 +86,7 @@ class Run:
         if self.older:  # stays so for the next --resume
             del kept["question"]
         write_record(self.out / SETTINGS, kept)
+        write_text(self.out / CONFIG, as_yaml(settings))
 
     def kept(self) -> dict:
         """Scores of the base, and its revision, so far: BeforeAfter.score_before writes them.
