@@ -10,6 +10,7 @@ from collections.abc import Collection
 ANY = "*"  # any value
 NF4, INT8, HALF = ("precision", "nf4"), ("precision", "int8"), ("precision", "bf16")
 NOT_NEEDED = None  # so it is done here anyway
+VALUED = ("resume_from_checkpoint",)  # a word always follows: True, or a folder
 JOINED = ("target_modules",)  # one text here, a list elsewhere: q_proj v_proj -> q_proj,v_proj
 
 # Name elsewhere -> our setting, or for each of its values (setting, value) here.
@@ -30,7 +31,6 @@ ALIASES: dict[str, str | dict[str, tuple[str, object] | None]] = {
     "iters": "max_steps",
     **dict.fromkeys(("random_state", "random_seed"), "seed"),
     "max_tokens": "max_new_tokens",
-    "adapter_path": "adapter",
     "early_stopping_patience": "early_stopping",
     "qlora_bits": {"4": NF4, "8": INT8, "16": HALF},
     "quantization_bit": {"4": NF4, "8": INT8},
@@ -49,13 +49,13 @@ ALIASES: dict[str, str | dict[str, tuple[str, object] | None]] = {
     "use_cpu": {"true": ("device", "cpu"), "false": NOT_NEEDED},
     "stage": {"sft": NOT_NEEDED, "pt": ("objective", "lm"), "dpo": ("objective", "preference")},
     # What is done here anyway.
-    **dict.fromkeys(("use_peft", "do_train", "do_eval"), {"true": NOT_NEEDED}),
+    **dict.fromkeys(("use_peft", "do_train", "do_eval", "train", "save_model"), {"true": NOT_NEEDED}),
     **dict.fromkeys(("bf16", "fp16", "tf32"), dict.fromkeys(("true", "false", "auto"), NOT_NEEDED)),
     **dict.fromkeys(("bnb_4bit_use_double_quant", "use_bnb_nested_quant"), {"true": NOT_NEEDED}),
     **dict.fromkeys(("bnb_4bit_compute_dtype", "torch_dtype", "dtype", "logging_steps"), {ANY: NOT_NEEDED}),
     **dict.fromkeys(("logging_strategy", "per_device_eval_batch_size"), {ANY: NOT_NEEDED}),
     **dict.fromkeys(("model_type", "tokenizer_type", "dataset_prepared_path"), {ANY: NOT_NEEDED}),
-    **dict.fromkeys(("finetuning_type", "peft_type"), {"lora": NOT_NEEDED}),
+    **dict.fromkeys(("finetuning_type", "fine_tune_type", "peft_type"), {"lora": NOT_NEEDED}),
     "task_type": {"causal_lm": NOT_NEEDED},
     "bias": {"none": NOT_NEEDED},
     "optim": {"adamw_torch": NOT_NEEDED, "adamw_torch_fused": NOT_NEEDED},
@@ -77,7 +77,7 @@ ALIASES: dict[str, str | dict[str, tuple[str, object] | None]] = {
 _SCHEDULE = "the rate rises in the first 5% of the steps and falls linearly to zero (training_arguments)"
 _ATTENTION = "attention is PyTorch's own; leave it out"
 _LOSS = "loss is taken on the answer, or with --objective lm on the whole text"
-_TEMPLATE = "the model's own chat template is used; leave it out (docs/own-data.md)"
+_TEMPLATE = "the model's own chat template and end token are used; leave it out"
 _SHARDED = "several GPUs: start the script with torchrun or accelerate launch (docs/gpu.md); leave it out"
 _GGUF = "export with python llama.cpp/export.py --types Q4_K_M"
 
@@ -93,12 +93,17 @@ ELSEWHERE: dict[str, str] = {
     "weight_decay": "none: LoRA's rank is the regularizer (training_arguments)",
     "max_grad_norm": "gradients are clipped to 1 (MAX_GRAD_NORM in config.py)",
     "save_total_limit": "two checkpoints are kept (KEEP_CHECKPOINTS in config.py); leave it out",
-    "save_strategy": "--save-steps N",
-    "saves_per_epoch": "--save-steps N",
+    **dict.fromkeys(("save_strategy", "saves_per_epoch"), "--save-steps N"),
+    **dict.fromkeys(("finetuning_type", "fine_tune_type"), "always LoRA; flavours are --lora-variant"),
+    **dict.fromkeys(("adapter_path", "save_path"), "--output-dir FOLDER in training, then --adapter FOLDER"),
+    "num_layers": "LoRA goes into all layers; leave it out",
     **dict.fromkeys(("train_on_inputs", "completion_only_loss", "assistant_only_loss"), _LOSS),
-    **dict.fromkeys(("template", "chat_template", "special_tokens"), _TEMPLATE),
+    **dict.fromkeys(("template", "chat_template", "eos_token", "special_tokens"), _TEMPLATE),
     **dict.fromkeys(("flash_attention", "attn_implementation", "xformers_attention"), _ATTENTION),
     **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config", "distributed_type"), _SHARDED),
+    **dict.fromkeys(
+        ("hub_token", "hf_token"), "`hf auth login`, or HF_TOKEN; never a flag, which others can read"
+    ),
     "trust_remote_code": "code of a model's author is never run; leave it out",
     "resume_from_checkpoint": "--resume goes on from the newest whole checkpoint in --output-dir",
     **dict.fromkeys(("modules_to_save", "lora_modules_to_save"), "only LoRA is trained; leave it out"),
@@ -153,7 +158,7 @@ def translate(words: list[str], known: Collection[str], switches: Collection[str
             ours += own_flag(name, flag, equals + value, left, switches)
             continue
         values = ALIASES[name] if isinstance(ALIASES.get(name), dict) else {}
-        bare = "true" in values and (not left or left[0].lower() not in values)
+        bare = "true" in values and name not in VALUED and (not left or left[0].lower() not in values)
         if values and not equals and left and not bare and left[0][:2] != "--":
             value = left.pop(0)
         said = f"{flag} {value}".strip()
