@@ -165,7 +165,7 @@ def translate(words: list[str], known: Collection[str], switches: Collection[str
         try:
             found = look_up(name, value or "true", known)
         except KeyError:  # of another script: the parser says that it is unknown
-            ours.append(flag + equals + value)
+            ours += [flag + equals + value] if equals else [flag, *[value] * bool(value)]
         except ValueError as problem:
             problems.append(f"--{problem}")
         else:
