@@ -152,8 +152,11 @@ Lane = Literal["auto", "fp32", "bf16", "fp16", "libraries"]
 
 @dataclass
 class ModelSettings:
-    # Preset, hub id, local folder or .gguf file. auto: on a GPU Llama 3.2 (Qwen2.5 without access to it),
-    # else the bundled SmolLM2-135M.
+    # A YAML file of settings, one `flag: value` a line; flags beside it win. configs/ has some, and each
+    # training run writes its own, config.yaml.
+    config: Optional[Path] = None
+    # Preset, hub id, local folder, .gguf file, or one of the hub (owner/name:file.gguf). auto: on a GPU Llama
+    # 3.2 (Qwen2.5 without access to it), else the bundled SmolLM2-135M.
     model: str = "auto"
     # auto: an NVIDIA GPU if one can be used, else the CPU. cuda: refuse to run without one.
     device: Device = "auto"
@@ -245,12 +248,16 @@ class TrainSettings(ModelSettings):
     push_to_hub: Optional[str] = None
     # --push-to-hub: make the repository private.
     private: bool = False
+    # Only score the adapter in --output-dir on the rows that its training held out; nothing is trained.
+    test: bool = False
 
 
 @dataclass
 class InferSettings:
     # A review (with --plain or no adapter: any message). Without it: lines of stdin, or a chat on a terminal.
     prompt: Positional[Optional[str]] = None
+    # A YAML file of settings, one `flag: value` a line; flags beside it win.
+    config: Optional[Path] = None
     # Adapter folder, qlora-out by default, or owner/name of the hub (owner/name@revision); give the flag once
     # per adapter (in a chat, /use NAME switches). none: the base alone.
     adapter: UseAppendAction[tuple[str, ...]] = ()

@@ -5,6 +5,7 @@
 
 Writes into --output-dir (qlora-out): the adapter in PEFT's format, its prompt (qlora.json), report.json,
 report.md, curves.png and a model card. Then: python qlora_inference.py "your review"
+Flags as TRL, Axolotl and others spell them are understood: docs/coming-from.md
 """
 
 import contextlib
@@ -36,6 +37,8 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
     if s.resume and (earlier := saved_settings(s.output_dir, TrainSettings)):
         s = parse(TrainSettings, argv, __doc__, default=earlier)
     require(not (s.resume and s.overwrite), "--resume and --overwrite: choose one of them")
+    trains = s.resume or s.overwrite or processes.count() > 1
+    require(not (s.test and trains), "--test trains nothing: one process, without --resume and --overwrite")
     require(s.question is None or s.question.strip() != "", "--question is empty")
     preference = s.objective == "preference"
     require(preference or s.beta == TrainSettings.beta, "--beta is DPO's: add --objective preference")
@@ -62,8 +65,8 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
     global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, packed, plan, prompts
-    global example_packs, forgetting, initial, preferences, qat, rates, report, shapes, sharding, sources
-    global variants, watching, BeforeAfter, QLoRATrainer
+    global example_packs, forgetting, initial, preferences, qat, rates, report, scoring, shapes, sharding
+    global sources, variants, watching, BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
@@ -82,6 +85,7 @@ def import_libraries() -> None:
         packed,
         prompts,
         qat,
+        scoring,
         shapes,
         sources,
         variants,
@@ -94,6 +98,9 @@ def import_libraries() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = read_settings(argv)
+    if settings.test:
+        import_libraries()
+        return scoring.score_run(settings)
     with open_run(settings) as run:
         publishing.check(settings)
         if run.has_nothing_to_do():

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from config import SENTIMENT_ANSWERS, InferSettings, TrainSettings
+from config import InferSettings, TrainSettings
 from qlora import publishing
 from qlora.cli import UsageError, UserError, note, parse, require, run
 from qlora.runs_table import show_runs
@@ -70,8 +70,8 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
 def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, PeftModel, TextStreamer, make_fast
-    global adapters, answers, combining, data, evaluation, generation, hardware, hub, loading, measures
-    global merging, plan, preferences, prompts, qat, shapes, shots
+    global adapters, answers, combining, generation, hardware, hub, loading, merging, plan, prompts, qat
+    global scoring, shapes
     from peft import LoraConfig, PeftModel
     from transformers import BitsAndBytesConfig, TextStreamer
 
@@ -79,22 +79,18 @@ def import_libraries() -> None:
         adapters,
         answers,
         combining,
-        data,
-        evaluation,
         generation,
         hardware,
         hub,
         loading,
-        measures,
         merging,
         prompts,
         qat,
+        scoring,
         shapes,
-        shots,
     )
     from qlora.fast import make_fast
     from qlora.memory import plan
-    from qlora.training import preferences
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -168,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ask = lambda text: to_ids(s, chosen[0] if chosen else None, base, text)
         answers.write(job, model, base, ask, lambda rows: generate(s, model, base, rows))
     elif s.evaluate:
-        evaluate(s, chosen, model, base)
+        scoring.evaluate(s, chosen, model, base)
     elif s.prompt is None and s.prompts is None and sys.stdin.isatty():
         chat(s, chosen, model, base)
     else:
@@ -297,61 +293,6 @@ def chat(s: InferSettings, chosen: list, model, base) -> None:
             note(f"error: {error}")
         except KeyboardInterrupt:  # stops this answer, not the chat
             note()
-
-
-def evaluate(s: InferSettings, chosen: list, model, base) -> None:
-    """Accuracy with each adapter's own prompt, by default on the rows that its training held out."""
-    reviews = prompts.choose_format("sentiment", "labels", SENTIMENT_ANSWERS, TrainSettings.max_length)
-    for adapter in chosen or [None]:
-        prompt = adapter.prompt if adapter else reviews
-        of_pairs = bool(adapter) and adapter.dataset.get("kind") == "pairs"
-        if prompt is None or not (prompt.asks or of_pairs):
-            raise UserError("--evaluate scores answers to labelled rows; this adapter was trained on none")
-        own = adapter.dataset.get("name", "imdb") if adapter else "imdb"
-        name = s.dataset if s.dataset != "auto" else own
-        trained = adapter.trained_on(name) if adapter else {"seed": s.seed}  # the base: on none of them
-        rows, found = data.held_out_rows(name, trained, s.eval_samples)
-        fits = f"--evaluate: {name} holds {found.kind}, and the adapter was trained on "
-        require(of_pairs == (found.kind == "pairs"), fits + ("pairs" if of_pairs else "labels"))
-        if not of_pairs:
-            match_answers(name, found.answers, prompt.answers)
-        note(f"data       {found.origin}: {len(rows)} held-out rows")
-        if adapter:
-            model.set_adapter(adapter.peft_name)
-        if s.shots is not None:
-            pool = shots.rows_to_show(name, trained, found, rows, s.shots)
-            shots.show(base, model, (prompt, adapter), (rows, pool), s.shots)
-            continue
-        if adapter and s.compare:
-            with model.disable_adapter():
-                show_score(base, model, prompt, rows, "base")
-        show_score(base, model, prompt, rows, adapter.name if adapter else "base")
-
-
-def match_answers(dataset: str, labels: tuple[str, ...], answers: tuple[str, ...]) -> None:
-    """An adapter's answers stand for a dataset's labels, by their order; as many of them, or UsageError."""
-    there, ours = ", ".join(labels) or "none", ", ".join(answers)
-    what = f"--dataset {dataset}: its labels are {there}, but the adapter answers {ours}"
-    require(len(labels) == len(answers), what)
-    if labels != answers:
-        pairs = ", ".join(f"{label} = {answer}" for label, answer in zip(labels, answers))
-        note(f"note       labels are matched with the adapter's answers by their order: {pairs}")
-
-
-def show_score(base, model, prompt, rows: list, who: str) -> None:
-    """One line on stdout: accuracy, its interval, and the confusion counts; of pairs what is counted."""
-    if rows[0].rejected:
-        result = preferences.score_pairs(base, model, prompt, rows, who)
-        said = "log P(chosen) > log P(rejected) in {correct} of {rows} pairs".format(**result)
-        print(f"{who:22} {measures.with_interval(result)}   {said}", flush=True)
-        return
-    ids = [prompts.sentiment_prompt(base.tokenizer, prompt, row.text) for row in rows]
-    predicted = evaluation.score_answers(base, model, prompt, ids, who).argmax(1).tolist()
-    result = evaluation.accuracy_report(predicted, [row.label for row in rows], prompt.answers)
-    confusion = result["confusion"].items()
-    counts = [f"{truth} read as {said} {n}" for truth, row in confusion for said, n in row.items()]
-    right, low, high = (measures.percent(result[key]) for key in ("accuracy", "low", "high"))
-    print(f"{who:22} {right:>6}   {low} to {high}   ({', '.join(counts)})", flush=True)
 
 
 if __name__ == "__main__":

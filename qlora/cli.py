@@ -11,11 +11,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import tyro
 
 from config import NAMED_ADAPTERS
+from qlora import aliases
 
 # What numbers a flag takes, in every script that has it.
 LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -101,15 +103,21 @@ def progress(rows: int, title: str) -> Iterator[Callable]:
 def parse(kind: type, argv: Sequence[str] | None, text: str | None, default=None):
     """Checked settings of type `kind` from the command line; `text` is for --help.
 
-    `default` replaces the defaults of `kind`. Raises UsageError with one line; exits with 0 after --help.
+    `default` replaces the defaults of `kind`, a --config file replaces `default`, and flags replace both.
+    Other programs' names for settings are understood (qlora/aliases.py). Raises UsageError with one line;
+    exits with 0 after --help.
     """
     refuse_unreadable(kind, argv)
+    argv = in_our_words(kind, argv, quiet=default is not None)
     try:  # huggingface_hub looks while it is imported
         _ = urlsplit(os.environ.get("HF_ENDPOINT", "")).port
     except ValueError:
         raise UsageError("HF_ENDPOINT is no address of a hub; unset it") from None
     captured = io.StringIO()
-    extra = {} if default is None else {"default": default}
+    start = default
+    if changed := from_file(kind, argv, quiet=default is not None):
+        start = dataclasses.replace(default or kind(), **changed)
+    extra = {} if start is None else {"default": start}
     try:
         with contextlib.redirect_stderr(captured):
             settings = tyro.cli(kind, args=argv, description=text, **extra)
@@ -123,6 +131,36 @@ def parse(kind: type, argv: Sequence[str] | None, text: str | None, default=None
             fits, words = LIMITS[name]
             require(fits(value), f"--{name.replace('_', '-')} {value}: {words}")
     return settings
+
+
+def in_our_words(kind: type, argv: Sequence[str] | None, quiet: bool) -> list[str]:
+    """The command line, other programs' names for our settings replaced; UsageError says how it is done."""
+    fields = dataclasses.fields(kind)
+    positional = any("Positional" in str(field.type) for field in fields)  # `--plain True` asks about "True"
+    switches = {field.name for field in fields if field.type is bool and not positional}
+    words, known = sys.argv[1:] if argv is None else argv, {field.name for field in fields}
+    ours, not_needed, problems = aliases.translate(list(words), known, switches)
+    require(not problems, "; ".join(problems))
+    if not_needed and not quiet:
+        note(f"note       not needed here: {', '.join(not_needed)}")
+    return ours
+
+
+def from_file(kind: type, words: list[str], quiet: bool) -> dict:
+    """{setting: value} of the file that --config names, without those that are flags as well."""
+    path, flags = "", set()
+    for word, following in zip(words, [*words[1:], ""]):
+        flag, _, value = word.partition("=")
+        flags.add(flag.removeprefix("--").replace("-", "_"))
+        path = (value or following) if flag == "--config" else path
+    if not path or "config" not in {field.name for field in dataclasses.fields(kind)}:
+        return {}
+    from qlora.settings_file import read_settings  # late: --help need not wait for YAML
+
+    values, not_needed = read_settings(Path(path), kind)
+    if not_needed and not quiet:
+        note(f"note       not needed here: {', '.join(not_needed)}")
+    return {name: value for name, value in values.items() if not {name, f"no_{name}"} & flags}
 
 
 def with_named_adapter(settings, default):

@@ -84,6 +84,27 @@ def config_file(hub_id: str) -> Path:
         return Path(hf_hub_download(hub_id, "config.json"))
 
 
+def gguf_file(hub_id: str, name: str, revision: str | None) -> tuple[Path, str]:
+    """(file, commit) of one GGUF file of a hub repository, and nothing else of it.
+
+    UserError where there is none, with the names of those that are there.
+    """
+    with asking(hub_id, "model"):
+        from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(hub_id, name, revision=revision))
+        except RemoteEntryNotFoundError:
+            path, files = None, HfApi().list_repo_files(hub_id, revision=revision)
+    if path is None:
+        there = sorted(file for file in files if file.lower().endswith(".gguf"))
+        more = f" and {len(there) - 12} more" if len(there) > 12 else ""
+        found = f"there are {', '.join(there[:12])}{more}" if there else "it has no .gguf file at all"
+        raise UserError(f"the hub's {hub_id} has no file {name}: {found}")
+    return path, path.parents[len(Path(name).parts) - 1].name  # the cache: snapshots/COMMIT/NAME
+
+
 def or_ungated(preset: str, why: str) -> tuple[str, str]:
     """(preset, why) of a model that was not asked for by name: an ungated one if the hub refuses `preset`."""
     if preset not in UNGATED or not is_refused(MODELS[preset]):

@@ -13,12 +13,15 @@ from config import BUNDLED, MODELS, MODELS_DIR
 from qlora.cli import UsageError, UserError, first_line, note, require
 from qlora.fetch import PACKAGED_MODEL, fetch
 from qlora.files import SEAL, broken_files, discard, read_json, scratch, seal, sha256_of, staged
-from qlora.hub import snapshot
+from qlora.hub import gguf_file, snapshot
 
 # For everything that transformers loads: what is on this disk, and no code of a model's author.
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 UNPACKING = 2  # counts changes of unpack_gguf: folders that an earlier version made are not used
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_GGUF = re.compile(
+    rf"({HUB_ID.pattern}):((?!\.)[\w.-]+(?:/(?!\.)[\w.-]+)*\.gguf)", re.I
+)  # one file of a repository
 # What no model has more of. transformers would build a billion layers if config.json says so.
 MOST = {
     "num_hidden_layers": 1000,
@@ -46,8 +49,10 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, str, str]:
         return unpack_gguf(gguf, PACKAGED_MODEL.sha256), MODELS[name], f"gguf-sha256:{PACKAGED_MODEL.sha256}"
     path = Path(name)
     if name.lower().endswith(".gguf"):
-        require(path.is_file(), f"--model {name}: no such file")
+        path, commit = original_gguf(name, revision)
         digest = sha256_of(path)
+        if commit:
+            return unpack_gguf(path, digest), name, commit
         return unpack_gguf(path, digest), str(path.resolve()), f"gguf-sha256:{digest}"
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -59,6 +64,18 @@ def locate(name: str, revision: str | None = None) -> tuple[Path, str, str]:
         raise UsageError(f"--model {name}: no hub id (owner/name), folder, .gguf file or preset ({presets})")
     folder, commit = snapshot(hub_id, revision)
     return folder, hub_id, commit
+
+
+def original_gguf(name: str, revision: str | None = None) -> tuple[Path, str]:
+    """(file, commit) of a path of a .gguf file (commit ""), or of owner/name:file.gguf on the hub."""
+    path, hub = Path(name), HUB_GGUF.fullmatch(name)
+    if path.is_file() or not hub:
+        fix = "one of the hub is owner/name:file.gguf"
+        require(path.is_file(), f"--model {name}: no such file; {fix}")
+        return path, ""
+    part = re.search(r"-\d{5}-of-\d{5}\.gguf$", name, re.I)
+    require(not part, f"--model {name}: one part of a file in several; choose a file that is whole")
+    return gguf_file(hub[1], hub[2], revision)
 
 
 def contents_sha256(folder: Path) -> str:

@@ -13,22 +13,12 @@ import torch.nn.functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qlora import processes
-from qlora.batches import collate, encode_rows, in_pairs
-from qlora.cli import progress
+from qlora.batches import collate, in_pairs
 from qlora.evaluation import log_p_of_labels
 from qlora.logits import IGNORE, causal_lm, log_p_of_rows
-from qlora.measures import wilson
+from qlora.pair_scores import log_p_of, margins, won
 from qlora.training.before_after import BeforeAfter
 from qlora.training.run_folder import Run
-
-
-def margins(log_p: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """By how much more than the reference a model prefers the chosen reply, in nats.
-
-    Both (2 * pairs,), chosen and rejected in turn: [-2, -5], [-3, -4] -> [(-2 + 3) - (-5 + 4)] = [2]
-    """
-    moved = (log_p - reference).view(-1, 2)
-    return moved[:, 0] - moved[:, 1]
 
 
 def use_dpo(model, beta: float) -> None:
@@ -127,14 +117,6 @@ class PairScores(BeforeAfter):
         return {"rows": len(now) // 2, "prompts": len(prompts), "pairs": found}
 
 
-def log_p_of(base, model, halves: list[dict], title: str) -> list[float]:
-    """log P of each half's reply; several processes share them out, and all of them get all."""
-    with progress(len(processes.my_share(halves)), title) as step:
-        return processes.shared_out(
-            halves, lambda mine: log_p_of_labels(model, mine, base.hardware.autocast, step)
-        )
-
-
 def compare(before: list[float], after: list[float], beta: float) -> dict:
     """Of log-probabilities, chosen and rejected in turn, `before` those of the reference.
 
@@ -153,21 +135,7 @@ def compare(before: list[float], after: list[float], beta: float) -> dict:
     }
 
 
-def won(margin: torch.Tensor) -> dict:
-    """Share of margins above zero with its 95% interval, and their mean."""
-    correct, rows = int((margin > 0).sum()), len(margin)
-    low, high = wilson(correct, rows)
-    found = {"accuracy": correct / rows, "low": low, "high": high, "correct": correct, "rows": rows}
-    return {**found, "mean_margin": margin.mean().item()}
-
-
 def shorter_chosen(halves: list[dict]) -> float:
     """Share of pairs whose chosen reply has fewer tokens: a sum of log-probabilities favours short ones."""
     lengths = [len(e["input_ids"]) - e["asked"] for e in halves]
     return sum(c < r for c, r in zip(lengths[::2], lengths[1::2])) / (len(lengths) // 2)
-
-
-def score_pairs(base, model, prompt, rows: list, title: str) -> dict:
-    """won() of log P(chosen) - log P(rejected), for rows that were not encoded yet."""
-    log_p = torch.tensor(log_p_of(base, model, encode_rows(base.tokenizer, prompt, rows, "held-out"), title))
-    return won(margins(log_p, torch.zeros_like(log_p)))

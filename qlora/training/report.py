@@ -12,6 +12,7 @@ from qlora.hardware import peak_memory_bytes
 from qlora.logits import IGNORE
 from qlora.measures import percent, with_interval
 from qlora.pictures import COLOURS, new_axes, save
+from qlora.sources import HUB_GGUF
 from qlora.tables import markdown_table, table
 from qlora.training import forgetting
 from qlora.weights import trainable_and_all
@@ -227,7 +228,9 @@ def accuracy_parts(evaluation: dict) -> list[str]:
 def model_card(report: dict, text: str) -> str:
     base, scores = report["base"], report["evaluation"]
     scores = scores if "tuned" in scores else None
-    return f"""{front_matter(base["public_name"], report["settings"]["dataset"], scores, **PEFT)}
+    file = HUB_GGUF.fullmatch(base["public_name"])  # the hub wants the repository's name
+    name = file[1] if file else base["public_name"]
+    return f"""{front_matter(name, report["settings"]["dataset"], scores, **PEFT)}
 {text}
 ## Use
 
@@ -265,8 +268,9 @@ def loading_snippet(base: dict) -> str:
     if revision and ":" not in revision:  # a commit
         options.append(f'revision="{revision}"')
     if from_gguf:
-        options.append(f'gguf_file="{Path(source).name}"')
-        source = Path(source).parent
+        file = HUB_GGUF.fullmatch(source)
+        source, name = file.groups() if file else (Path(source).parent, Path(source).name)
+        options.append(f'gguf_file="{name}"')
     elif revision.startswith("gguf"):
         remark = "# Trained on a GGUF file of this model: its weights are near the hub's, not the same.\n"
     return f'{remark}base = AutoModelForCausalLM.from_pretrained("{source}", {", ".join(options)})'

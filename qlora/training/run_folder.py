@@ -19,18 +19,21 @@ from qlora.files import (
     read_record,
     remove_leftovers,
     write_record,
+    write_text,
 )
+from qlora.settings_file import as_yaml
 
 SETTINGS, BEFORE, REPORT = "settings.json", "before.json", "report.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "qlora.json")
+CONFIG = "config.yaml"  # the same settings for --config
 # All that a run writes besides its settings; --overwrite deletes these and nothing else.
 WRITTEN = (
-    *(REPORT, SEAL, BEFORE, *ADAPTER, "report.md", "README.md", "curves.png"),
+    *(REPORT, SEAL, BEFORE, *ADAPTER, CONFIG, "report.md", "README.md", "curves.png"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"),
 )
 TRACKED = ("tensorboard", "trackio", "wandb")  # folders of its trackers, deleted by --overwrite as well
-NOT_KEPT = ("resume", "overwrite", "output_dir", "push_to_hub", "private", "find_lr")
+NOT_KEPT = ("resume", "overwrite", "output_dir", "config", "test", "push_to_hub", "private", "find_lr")
 NOT_COMPARED = (*NOT_KEPT, "run_name", "report_to")  # labels: they may change on --resume
 EDITED = "give the settings as flags with --overwrite to start again"
 
@@ -85,6 +88,7 @@ class Run:
         if self.older:  # stays so for the next --resume
             del kept["question"]
         write_record(self.out / SETTINGS, kept)
+        write_text(self.out / CONFIG, as_yaml(settings))
 
     def kept(self) -> dict:
         """Scores of the base, and its revision, so far: BeforeAfter.score_before writes them.

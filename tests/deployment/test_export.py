@@ -243,6 +243,27 @@ def test_the_next_command_asks_as_training_did(tmp_path, trained):
     assert """--chat-template-kwargs '{"date_string": "26 Jul 2024"}'""" in flags
 
 
+@no_tools
+def test_llama_cli_answers_from_any_file_as_docs_deployment_says(bundled_folder):
+    import re
+    import shlex
+    import subprocess
+
+    from conftest import ROOT
+
+    text = (ROOT / "docs" / "deployment.md").read_text()
+    command = re.search(r"^llama\.cpp/build/bin/llama-cli -m models/.*$", text, re.M)[0]
+    done = subprocess.run(
+        [*shlex.split(command), "-n", "12"],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
+    asked = shlex.split(command)[-1]
+    assert done.returncode == 0 and re.search(rf"> {asked}\s+\w+ \w+", done.stdout), done.stdout
+
+
 def test_a_files_record_goes_before_the_file(tmp_path, trained, monkeypatch):
     # Killed between the two, an export must not leave a new file under an older adapter's record
     out, aside = tmp_path / "out", tmp_path / "aside"
