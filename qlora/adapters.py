@@ -39,6 +39,7 @@ class DataNotes:
     eval_samples: int | None = None
     samples: int | None = None
     sha256: str | None = None  # of a file
+    columns: tuple[str, ...] | None = None  # --columns
 
 
 @dataclass

@@ -4,17 +4,18 @@ import jinja2
 import torch
 
 from qlora import prompts as p
-from qlora.cli import UsageError, UserError, note
+from qlora.cells import Unusable
+from qlora.cli import UsageError, UserError, first_line, note
 from qlora.conversations import chat_examples
-from qlora.data import Row
+from qlora.data import Row, reasons
 from qlora.logits import IGNORE
 
 
 def encode_rows(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -> list[dict]:
     """[{input_ids, labels}]; `what` names the rows in messages.
 
-    Rows that can't be shortened and exceed max_length are skipped, and a note says how many. A conversation
-    can become several rows.
+    Rows that can't be shortened and exceed max_length are skipped, and so are those that the chat template
+    can't write; notes say how many. A conversation can become several rows.
     """
 
     encode = {
@@ -22,14 +23,24 @@ def encode_rows(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -
         "lm": lambda row: [p.lm_example(tokenizer, row.text, prompt.max_length)],
         "chat": lambda row: chat_examples(tokenizer, row.messages, prompt.max_length),
     }[prompt.objective]
-    try:
-        examples = [encode(row) for row in rows]
-        made = [dict(zip(("input_ids", "labels"), example)) for each in examples for example in each]
-    except jinja2.TemplateError as error:  # many templates raise where the roles do not alternate
-        refusal = f"this model's chat template refuses a {what} row ({error})"
-        raise UserError(f"{refusal}; do its roles alternate, user first?") from None
-    if len(made) > len(rows):
-        note(f"note       {len(rows)} {what} conversations became {len(made)} rows: the chat template writes")
+    examples, refused = [], []
+    for number, row in enumerate(rows, 1):
+        try:
+            examples.append(encode(row))
+        except jinja2.TemplateError as error:  # many templates raise where the roles do not alternate
+            refused.append((f"the chat template refuses it ({first_line(error)})", number))
+        except Unusable as error:
+            refused.append((str(error), number))
+    if refused:
+        why = reasons(refused)
+        if not examples:
+            raise UserError(f"no {what} row fits this model: {why}; do the roles alternate, user first?")
+        note(f"note       left out {len(refused)} of {len(rows):,} {what} rows: {why}")
+    made = [dict(zip(("input_ids", "labels"), example)) for each in examples for example in each]
+    if len(made) > len(examples):
+        note(
+            f"note       {len(examples)} {what} conversations became {len(made)} rows: the chat template writes"
+        )
         note("           earlier turns differently, so that each such reply needs a row with its own prompt")
     kept = [e for e in made if len(e["input_ids"]) <= prompt.max_length]
     if not kept:
