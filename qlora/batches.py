@@ -1,5 +1,7 @@
 """Rows -> token ids and labels -> padded batches."""
 
+from collections import Counter
+
 import jinja2
 import torch
 
@@ -7,7 +9,7 @@ from qlora import prompts as p
 from qlora.cells import Unusable
 from qlora.cli import UsageError, UserError, first_line, note
 from qlora.conversations import chat_examples
-from qlora.data import Row, reasons
+from qlora.data import Row
 from qlora.logits import IGNORE
 
 
@@ -23,24 +25,23 @@ def encode_rows(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -
         "lm": lambda row: [p.lm_example(tokenizer, row.text, prompt.max_length)],
         "chat": lambda row: chat_examples(tokenizer, row.messages, prompt.max_length),
     }[prompt.objective]
-    examples, refused = [], []
-    for number, row in enumerate(rows, 1):
+    examples, refused = [], Counter()
+    for row in rows:
         try:
             examples.append(encode(row))
         except jinja2.TemplateError as error:  # many templates raise where the roles do not alternate
-            refused.append((f"the chat template refuses it ({first_line(error)})", number))
+            refused[f"the chat template refuses it ({first_line(error)})"] += 1
         except Unusable as error:
-            refused.append((str(error), number))
+            refused[str(error)] += 1
     if refused:
-        why = reasons(refused)
+        why = ", ".join(f"{reason} ({count})" for reason, count in refused.most_common(5))
         if not examples:
             raise UserError(f"no {what} row fits this model: {why}; do the roles alternate, user first?")
-        note(f"note       left out {len(refused)} of {len(rows):,} {what} rows: {why}")
+        note(f"note       left out {refused.total()} of {len(rows):,} {what} rows: {why}")
     made = [dict(zip(("input_ids", "labels"), example)) for each in examples for example in each]
     if len(made) > len(examples):
-        note(
-            f"note       {len(examples)} {what} conversations became {len(made)} rows: the chat template writes"
-        )
+        talks = f"{len(examples)} {what} conversations became {len(made)} rows"
+        note(f"note       {talks}: the chat template writes")
         note("           earlier turns differently, so that each such reply needs a row with its own prompt")
     kept = [e for e in made if len(e["input_ids"]) <= prompt.max_length]
     if not kept:

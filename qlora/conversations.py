@@ -18,8 +18,8 @@ def chat_examples(tokenizer, messages: Sequence[dict], max_length: int | None = 
     """[(input ids, labels)] of a conversation up to its last reply.
 
     One example holds all replies, unless the chat template writes earlier turns differently once others
-    follow (see examples_by_turn). Unusable where the template leaves out a part of it. A conversation that is longer than `max_length` is going to be skipped: its
-    replies are not looked for.
+    follow (see examples_by_turn). A conversation that is longer than `max_length` is going to be skipped: its
+    replies are not looked for. Raises Unusable where the template leaves out a part of it.
     """
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not replies:
