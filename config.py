@@ -190,9 +190,11 @@ class TrainSettings(ModelSettings):
     # are for models that are quantized so. auto: nf4, or as such a model is; for a .gguf file its own values
     # in this hardware's dtype, so that what is deployed is what was trained on.
     precision: Literal["auto", Precision] = "auto"
-    # imdb, rotten_tomatoes, a hub id, or a .csv/.jsonl/.parquet file (columns: text+label, prompt+completion,
-    # instruction+response, messages, chosen+rejected (and prompt), or text alone).
+    # imdb, rotten_tomatoes, a hub id, or a .csv/.tsv/.json/.jsonl/.parquet file (columns: text+label,
+    # prompt+completion, instruction+response or output, messages, conversations, chosen+rejected, or text).
     dataset: str = "imdb"
+    # Where these columns have other names: text=review label=stars.
+    columns: Optional[tuple[str, ...]] = None
     # sentiment: answer with the label, loss on the answer. lm: labels = input ids, learn to write the text.
     # preference: of two replies make the chosen one likelier (DPO); a row of --batch-size is a pair.
     objective: Literal["sentiment", "lm", "preference"] = "sentiment"
@@ -283,6 +285,8 @@ class InferSettings:
     evaluate: bool = False
     # What --evaluate scores. auto: held-out rows of the dataset that the adapter was trained on.
     dataset: str = "auto"
+    # Where its columns have other names: text=review label=stars. Default: as the adapter was trained on it.
+    columns: Optional[tuple[str, ...]] = None
     # Rows for --evaluate. Default: those that training held out; of other data all there are, at most 400.
     eval_samples: Optional[int] = None
     # One table of the runs in these folders' subfolders, by date; without a folder: in the current one.

@@ -264,7 +264,7 @@ def choose_model(s: TrainSettings):
 
 def choose_rows(s: TrainSettings, older_run: bool):
     """(training rows, held-out rows, the dataset); UsageError where the objective does not fit the rows."""
-    found = data.load_rows(s.dataset)
+    found = data.load_rows(s.dataset, s.columns)
     if older_run:  # its prompt stays what it was
         found.answers = data.earlier_answers(found)
     kind, lm, name = found.kind, s.objective == "lm", f"--dataset {s.dataset}"
@@ -327,6 +327,7 @@ def save_adapter(folder, model, base, prompt, run: tuple) -> None:
     base.tokenizer.save_pretrained(folder)
     rows = {"seed": s.seed, "eval_samples": s.eval_samples, "samples": s.samples}
     rows |= {"kind": "pairs"} if s.objective == "preference" else {}
+    rows |= {"columns": s.columns} if s.columns else {}
     adapters.save_notes(folder, prompt, base.info, {**data.identity(s.dataset), **rows}, s.qat)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card; ours comes with the report
 

@@ -110,7 +110,7 @@ def held_out(adapter: Adapter, count: int, name: str) -> list:
     if "name" not in data:
         raise UsageError(f"{name}: it does not say which rows were held out")
     count = min(count, data.get("eval_samples", count))
-    return split(load_rows(data["name"]), 1, count, data["seed"])[1]
+    return split(load_rows(data["name"], data.get("columns")), 1, count, data["seed"])[1]
 
 
 def finished(asked: Asked) -> Asked:

@@ -185,7 +185,8 @@ def importance_matrix(adapter: Adapter, f16: Path, aside: Path) -> Path:
         raise UsageError("--imatrix needs an adapter trained on labels: it is made from the training prompts")
     data, tokenizer = adapter.dataset, load_tokenizer(adapter.folder)
     samples = min(IMATRIX_ROWS, data.get("samples", IMATRIX_ROWS))
-    rows, _ = split(load_rows(data["name"]), samples, data["eval_samples"], data["seed"])
+    found = load_rows(data["name"], data.get("columns"))
+    rows, _ = split(found, samples, data["eval_samples"], data["seed"])
     # llama-imatrix reads text and obeys the control tokens in it: rows that hold some are left out.
     shots = lambda row: sentiment_messages(adapter.prompt, "", [(row.text, row.label)])  # with its answer
     rows = [row for row in rows if not has_control_tokens(tokenizer, shots(row))]

@@ -58,7 +58,7 @@ def read_questions(s: ParitySettings) -> tuple[Adapter, Questions]:
     if len(first) != 2 or first[0] == first[1]:
         answers = ", ".join(prompt.answers)
         raise UsageError(f"{name}: parity needs two answers that differ in their first token, not {answers}")
-    found = load_rows(data["name"])
+    found = load_rows(data["name"], data.get("columns"))
     if len(found.answers) != 2:
         labels = ", ".join(found.answers) or "none"
         raise UserError(f"{name}: {data['name']} has changed since training; its labels are now: {labels}")

@@ -42,6 +42,7 @@ class DataNotes:
     samples: int | None = None
     sha256: str | None = None  # of a file
     kind: str | None = None  # "pairs" of --objective preference
+    columns: tuple[str, ...] | None = None  # --columns
 
 
 @dataclass

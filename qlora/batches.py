@@ -6,7 +6,8 @@ import jinja2
 import torch
 
 from qlora import prompts as p
-from qlora.cli import UsageError, UserError, note
+from qlora.cells import Unusable
+from qlora.cli import UsageError, UserError, first_line, note
 from qlora.control_tokens import marked
 from qlora.conversations import chat_examples
 from qlora.data import Row
@@ -16,8 +17,8 @@ from qlora.logits import IGNORE
 def encode_rows(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -> list[dict]:
     """[{input_ids, labels}]; `what` names the rows in messages.
 
-    Rows that can't be shortened and exceed max_length are skipped, and a note says how many. A conversation
-    can become several rows; a pair becomes two, see encode_pairs().
+    Rows that can't be shortened and exceed max_length are skipped, and so are those that the chat template
+    can't write; notes say how many. A conversation can become several rows; a pair two, see encode_pairs().
     """
     if rows and rows[0].rejected:
         return encode_pairs(tokenizer, prompt, rows, what)
@@ -26,13 +27,21 @@ def encode_rows(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -
         "lm": lambda row: [p.lm_example(tokenizer, row.text, prompt.max_length)],
         "chat": lambda row: chat_examples(tokenizer, row.messages, prompt.max_length),
     }[prompt.objective]
-    try:
-        examples = [encode(row) for row in rows]
-        made = [dict(zip(("input_ids", "labels"), example)) for each in examples for example in each]
-    except jinja2.TemplateError as error:
-        raise refused_by_template(what, error) from None
-    if len(made) > len(rows):
-        note(f"note       {len(rows)} {what} conversations became {len(made)} rows: the chat template writes")
+    examples, refused = [], Counter()
+    for row in rows:
+        try:
+            examples.append(encode(row))
+        except (jinja2.TemplateError, Unusable) as error:
+            refused[why_refused(error)] += 1
+    if refused:
+        why = ", ".join(f"{reason} ({count})" for reason, count in refused.most_common(5))
+        if not examples:
+            raise UserError(f"no {what} row fits this model: {why}; do the roles alternate, user first?")
+        note(f"note       left out {refused.total()} of {len(rows):,} {what} rows: {why}")
+    made = [dict(zip(("input_ids", "labels"), example)) for each in examples for example in each]
+    if len(made) > len(examples):
+        talks = f"{len(examples)} {what} conversations became {len(made)} rows"
+        note(f"note       {talks}: the chat template writes")
         note("           earlier turns differently, so that each such reply needs a row with its own prompt")
     kept = [e for e in made if len(e["input_ids"]) <= prompt.max_length]
     if not kept:
@@ -43,10 +52,11 @@ def encode_rows(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -
     return kept
 
 
-def refused_by_template(what: str, error) -> UserError:
+def why_refused(error: Exception) -> str:
     """Many chat templates raise where the roles do not alternate."""
-    refusal = f"this model's chat template refuses a {what} row ({error})"
-    return UserError(f"{refusal}; do its roles alternate, user first?")
+    if isinstance(error, jinja2.TemplateError):
+        return f"the chat template refuses it ({first_line(error)})"
+    return str(error)
 
 
 def encode_pairs(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -> list[dict]:
@@ -59,8 +69,9 @@ def encode_pairs(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) 
             (asked, chosen), (other, rejected) = (
                 p.turn_ids(tokenizer, *marked(tokenizer, talk)) for talk in (row.messages, row.rejected)
             )
-        except jinja2.TemplateError as error:
-            raise refused_by_template(what, error) from None
+        except (jinja2.TemplateError, Unusable) as error:
+            left_out[f"left out: {why_refused(error)}"] += 1
+            continue
         lengths.append(len(asked) + max(len(chosen), len(rejected)))
         if asked != other:
             left_out["whose prompts differ as the chat template writes them"] += 1
@@ -73,6 +84,8 @@ def encode_pairs(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) 
                 {"input_ids": asked + reply, "labels": [IGNORE] * len(asked) + reply, "asked": len(asked)}
                 for reply in (chosen, rejected)
             ]
+    if not kept and not lengths:
+        raise UserError(f"no {what} pair fits this model: {next(iter(left_out))}")
     if not kept:
         raise UsageError(f"--max-length {most}: the shortest {what} pair has {min(lengths)} tokens in a half")
     for reason, count in left_out.items():

@@ -1,15 +1,17 @@
 """Data files and hub datasets -> columns. Nothing is guessed: `NA` is a word and `01` stays `01`."""
 
 import csv
-import json
+import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from config import PACKAGED_DATASETS
 from qlora.cli import UsageError, first_line, require
 from qlora.hub import asking
+from qlora.talks import MEDIA
+from qlora.text_files import encoding_of, no_text, read_json, read_jsonl
 
 # Columns of each format -> kind of rows, in the order in which they are looked for. data.to_row() reads them.
 FORMATS = {
@@ -17,37 +19,49 @@ FORMATS = {
     ("chosen", "rejected"): "pairs",
     ("text", "label"): "labels",
     ("messages",): "chat",
+    ("conversations",): "chat",
     ("prompt", "completion"): "chat",
     ("instruction", "response"): "chat",
+    ("instruction", "output"): "chat",
     ("text",): "text",
 }
-OPTIONAL = "input"  # follows the instruction
+BESIDE = ("system", "tools", "functions", *MEDIA)  # read beside conversations, where there are any
 Column = Callable[[str], list]  # the values of a named column
 
 
-def read_file(path: Path) -> dict[str, list]:
+def kind_of(table: Iterable[str]) -> str:
+    """The kind of rows in a table of usable() columns: "labels", "chat" or "text"."""
+    return next(kind for columns, kind in FORMATS.items() if set(columns) <= set(table))
+
+
+def read_file(path: Path, columns: Sequence[str] | None = None) -> dict[str, list]:
     """The usable columns of a file: {"text": [...], "label": [...]}, say; None where a value is missing."""
     name, ending = f"--dataset {path}", path.suffix.lower()
     require(os.path.isfile(path), f"{name}: no such file or bundled dataset ({', '.join(PACKAGED_DATASETS)})")
     require(path.stat().st_size > 0, f"{name}: the file is empty")
-    require(ending in READERS, f"{name}: expected .csv, .jsonl or .parquet, found '{ending or 'no ending'}'")
+    *most, last = READERS
+    known = f"{', '.join(most)} or {last}"
+    require(ending in READERS, f"{name}: expected {known}, found '{ending or 'no ending'}'")
     try:
-        return usable(*READERS[ending](path), str(path))
-    except UnicodeDecodeError:
-        raise UsageError(f"{name}: not readable as {ending[1:]} (no UTF-8 text); save it as UTF-8") from None
+        table = usable(*READERS[ending](path), str(path), columns)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name}: not readable as {ending[1:]} ({no_text(path, error)})") from None
     except (ValueError, OSError) as error:
         raise UsageError(f"{name}: not readable as {ending[1:]} ({first_line(error)})") from None
+    if "label" in table and ending in (".csv", ".tsv"):
+        table["label"] = whole_numbers(table["label"])
+    return table
 
 
-def read_csv(path: Path) -> tuple[list[str], Column]:
+def read_csv(path: Path, delimiter: str = ",") -> tuple[list[str], Column]:
     """(names of the columns, the values of one); every field is a text, an empty one is None.
 
     Raises ValueError where rows could run into each other, as in `"a "quoted" word",1`.
     """
     csv.field_size_limit(2**31 - 1)  # the default refuses texts of 128 KiB
     rows, line = [], 1
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, strict=True)
+    with path.open(encoding=encoding_of(path), newline="") as lines:
+        reader = csv.reader(lines, strict=True, delimiter=delimiter)
         try:
             for row in filter(None, reader):
                 rows.append(row)
@@ -55,14 +69,14 @@ def read_csv(path: Path) -> tuple[list[str], Column]:
                     raise csv.Error(f"{len(row)} fields for {len(rows[0])} columns")
                 line = reader.line_num + 1
         except csv.Error as error:
-            quoting = 'a text with commas needs quotes, and "" stands for a quote in it'
+            between = {",": "commas", "\t": "tabs"}[delimiter]
+            quoting = f'a text with {between} needs quotes, and "" stands for a quote in it'
             raise ValueError(f"the row in line {line}: {error}; {quoting}") from None
     names, *rows = rows or [[]]
 
     def column(name: str) -> list:
         i = names.index(name)
-        values = [row[i] or None if i < len(row) else None for row in rows]
-        return whole_numbers(values) if name == "label" else values
+        return [row[i] or None if i < len(row) else None for row in rows]
 
     return names, column
 
@@ -74,17 +88,6 @@ def whole_numbers(labels: list) -> list:
     return [label and label.strip().removesuffix(".0") for label in labels]
 
 
-def read_jsonl(path: Path) -> tuple[list[str], Column]:
-    rows = []
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                rows += [{**json.loads(line)}] if line.strip() else []
-            except (ValueError, TypeError, RecursionError) as error:
-                raise ValueError(f"line {number} is no JSON object: {first_line(error)}") from None
-    return list(dict.fromkeys(name for row in rows for name in row)), lambda name: [r.get(name) for r in rows]
-
-
 def read_parquet(path: Path) -> tuple[list[str], Column]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -93,13 +96,32 @@ def read_parquet(path: Path) -> tuple[list[str], Column]:
         table = ParquetFile(path, page_checksum_verification=True).read()  # where it has checksums
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from None
-    return table.column_names, lambda name: table.column(name).to_pylist()
+    return table.column_names, lambda name: values_of(table.column(name))
 
 
-READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
+def values_of(column) -> list:
+    """The values of an Arrow column; of structs, which have all keys that any row has, those with a value."""
+
+    def without_nulls(value):
+        if isinstance(value, dict):
+            return {key: without_nulls(each) for key, each in value.items() if each is not None}
+        return [without_nulls(each) for each in value] if isinstance(value, list) else value
+
+    return [without_nulls(value) for value in column.to_pylist()]
 
 
-def read_hub(name: str) -> tuple[dict[str, list], dict[str, list] | None]:
+READERS = {
+    ".csv": read_csv,
+    ".tsv": functools.partial(read_csv, delimiter="\t"),
+    ".json": read_json,
+    ".jsonl": read_jsonl,
+    ".parquet": read_parquet,
+}
+
+
+def read_hub(
+    name: str, columns: Sequence[str] | None = None
+) -> tuple[dict[str, list], dict[str, list] | None]:
     import datasets
 
     datasets.disable_progress_bars()
@@ -107,29 +129,55 @@ def read_hub(name: str) -> tuple[dict[str, list], dict[str, list] | None]:
         loaded = datasets.load_dataset(name)
     train, test = loaded["train"] if "train" in loaded else next(iter(loaded.values())), loaded.get("test")
     same = test is not None and set(train.column_names) <= set(test.column_names)
-    return named_labels(train, name), named_labels(test, name) if same else None
+    return named_labels(train, name, columns), named_labels(test, name, columns) if same else None
 
 
-def named_labels(part, dataset: str) -> dict[str, list]:
+def named_labels(part, dataset: str, columns: Sequence[str] | None = None) -> dict[str, list]:
     """A hub dataset's usable columns, its numbered labels replaced by their names where it has them."""
     table = part.with_format("arrow")[:]
 
     def column(name: str) -> list:
-        values, names = table.column(name).to_pylist(), getattr(part.features[name], "names", None)
+        values, names = values_of(table.column(name)), getattr(part.features[name], "names", None)
         named = names and [names[i] if i is not None and 0 <= i < len(names) else None for i in values]
         return named or values
 
-    return usable(table.column_names, column, dataset)
+    return usable(table.column_names, column, dataset, columns)
 
 
-def usable(names: list[str], column: Column, dataset: str) -> dict[str, list]:
-    """The columns of the first of FORMATS that is there."""
-    for wanted in FORMATS:
-        if set(wanted) <= set(names):
-            wanted += (OPTIONAL,) if "instruction" in wanted and OPTIONAL in names else ()
-            twice = [name for name in wanted if names.count(name) > 1]
+def usable(
+    names: list[str], column: Column, dataset: str, columns: Sequence[str] | None = None
+) -> dict[str, list]:
+    """The columns of the first of FORMATS that is there, and that has all those of `columns`."""
+    source = sources(columns or ())
+    found = ", ".join(name if name.isidentifier() else repr(name) for name in names[:20])[:400]
+    for target, name in source.items():
+        no_such = f"--columns {target}={name}: {dataset} has no such column; it has {found}"
+        require(name in names, no_such)
+    there = {*source, *(name for name in names if name not in source.values())}
+    for wanted, kind in FORMATS.items():
+        beside = (*BESIDE, "input") if "instruction" in wanted else BESIDE if kind == "chat" else ()
+        if set(wanted) <= there and set(source) <= {*wanted, *beside}:
+            wanted += tuple(name for name in beside if name in there)
+            twice = [name for name in wanted if names.count(source.get(name, name)) > 1]
             require(not twice, f"--dataset {dataset}: several columns are called {', '.join(twice)}")
-            return {name: column(name) for name in wanted}
+            return {name: column(source.get(name, name)) for name in wanted}
     known = ", or ".join("+".join(columns) for columns in FORMATS)
-    found = ", ".join(name if name.isidentifier() else repr(name) for name in names[:20])
-    raise UsageError(f"--dataset {dataset}: found the columns {found[:400]}; expected one of {known}")
+    other = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)
+    fix = (
+        f"separate them by commas, not by {other!r}" if other else "name them with --columns, as text=review"
+    )
+    raise UsageError(f"--dataset {dataset}: found the columns {found}; expected one of {known}; {fix}")
+
+
+def sources(columns: Sequence[str]) -> dict[str, str]:
+    """["text=review", "label=stars"] -> {"text": "review", "label": "stars"}; raises UsageError."""
+    known = dict.fromkeys([*(name for wanted in FORMATS for name in wanted), "input", *BESIDE])
+    found: dict[str, str] = {}
+    for pair in columns:
+        target, _, name = pair.partition("=")
+        form = f"--columns {pair}: expected NAME=COLUMN, as in text=review label=stars"
+        require(bool(target and name), form)
+        require(target in known, f"--columns {pair}: {target} is not looked for, but {', '.join(known)}")
+        require(target not in found, f"--columns {pair}: {target} is named twice")
+        found[target] = name
+    return found

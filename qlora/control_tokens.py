@@ -9,13 +9,15 @@ replies keep the tokens of thoughts and tool calls, and a tokenizer needs no cha
 
 import datetime
 import functools
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jinja2
 from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
+from qlora.cells import check
 from qlora.cli import UserError
 
 # Llama 3's template writes today's date unless it is given one: every day would be another prompt.
@@ -25,10 +27,11 @@ TODAY = datetime.date(2024, 7, 26)
 CLOCK = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 # Tokens that a reply writes itself, by their names: <think>, [TOOL_CALLS], <|python_tag|>. They end no turn.
-REPLY_TOKENS = re.compile("think|thought|tool.?call|python_tag", re.IGNORECASE)
+REPLY_TOKENS = re.compile("think|thought|tool.?(call|sep)|python_tag", re.IGNORECASE)
 
 # transformers' two private characters around a control token that is to be text.
 BEGIN, END = mark_control_tokens("x", re.compile("x")).split("x")
+ESCAPED = json.dumps(BEGIN)[1:-1]  # no marker any more: what follows would be a control token
 MARKED = re.compile(f"{BEGIN}([^{END}]*){END}")
 
 
@@ -39,11 +42,42 @@ class ControlTokens(NamedTuple):
     replies: re.Pattern  # of assistant: role and turn-end tokens
 
     def among(self, message: dict) -> bool:
-        """Whether there is one in the message, its role included."""
-        return bool(self.of(message).search(message["content"]) or self.messages.search(str(message["role"])))
+        """Whether there is one in the message, its role, tools and tool calls included."""
+        others = texts_in({key: value for key, value in message.items() if key != "content"})
+        return bool(self.of(message).search(message["content"]) or any(map(self.messages.search, others)))
 
     def of(self, message: dict) -> re.Pattern:
         return self.replies if message["role"] == "assistant" else self.messages
+
+
+# Words of a message's own form, which a chat template looks for; all others come from outside.
+FORM = {"role", "content", "tools", "tool_calls", "tool_call_id", "type", "function", "name", "description"}
+FORM |= {"id", "arguments", "parameters", "properties", "required", "return"}
+
+
+def texts_in(value) -> Iterator[str]:
+    """All texts in a value of JSON, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from () if key in FORM else (key,)
+            yield from texts_in(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from texts_in(each)
+
+
+def mark_all(value, pattern: re.Pattern):
+    """transformers' mark_control_tokens(), for keys as well: an argument's name comes from outside."""
+    if isinstance(value, dict):
+        return {
+            key if key in FORM else mark_control_tokens(key, pattern): mark_all(each, pattern)
+            for key, each in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [mark_all(each, pattern) for each in value]
+    return mark_control_tokens(value, pattern)
 
 
 def template_variables(thinking: bool = False) -> dict:
@@ -55,8 +89,12 @@ def template_variables(thinking: bool = False) -> dict:
 
 
 def written(tokenizer, messages: Sequence[dict], add_generation_prompt: bool, thinking: bool = False) -> str:
-    """The conversation as the chat template writes it."""
-    options = {"add_generation_prompt": add_generation_prompt, "tokenize": False}
+    """The conversation as the chat template writes it, with the tools that its first message has."""
+    tools = messages[0].get("tools")
+    if tools:
+        messages = [{k: v for k, v in messages[0].items() if k != "tools"}, *messages[1:]]
+    options = {"tools": tools} if tools else {}
+    options |= {"add_generation_prompt": add_generation_prompt, "tokenize": False}
     options |= {"chat_template": dated(tokenizer.chat_template), **template_variables(thinking)}
     return tokenizer.apply_chat_template(messages, **options)
 
@@ -125,7 +163,7 @@ def marked(tokenizer, messages: Sequence[dict]) -> tuple[Sequence[dict], bool]:
     talk = []
     for message in messages:
         content = mark_control_tokens(message["content"], found.of(message))
-        talk.append({**mark_control_tokens(message, found.messages), "content": content})
+        talk.append({**mark_all(message, found.messages), "content": content})
     return talk, True
 
 
@@ -133,10 +171,11 @@ def encode(tokenizer, text: str, has_marks: bool, add_special_tokens: bool = Fal
     """Token ids of a text; what stands between markers is encoded as ordinary text.
 
     `add_special_tokens`: with what the tokenizer adds by itself (BOS). Raises UserError for a tokenizer that
-    can't write a marked token as text.
+    can't write a marked token as text, Unusable where a template hides the markers.
     """
     if not has_marks:
         return tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    check(ESCAPED not in text.lower(), "a control token that the chat template writes as an escape in JSON")
     try:
         ids = encode_marked_chat(tokenizer, text)
     except ValueError:  # this tokenizer joins the token from its characters, too: it is read in two parts

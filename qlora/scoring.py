@@ -31,7 +31,7 @@ def evaluate(s: InferSettings, chosen: list, model, base) -> None:
         own = adapter.dataset.get("name", "imdb") if adapter else "imdb"
         name = s.dataset if s.dataset != "auto" else own
         trained = adapter.trained_on(name) if adapter else {"seed": s.seed}  # the base: on none of them
-        rows, found = data.held_out_rows(name, trained, s.eval_samples)
+        rows, found = data.held_out_rows(name, trained, s.eval_samples, s.columns)
         match(name, found, prompt, adapter)
         note(f"data       {found.origin}: {len(rows)} held-out rows")
         if adapter:

@@ -191,4 +191,5 @@ def _as_json(settings) -> dict:
     """The settings that a run has to be resumed with, and its processes: they share the batch."""
     fields = dataclasses.asdict(settings).items()
     kept = {k: str(v) if isinstance(v, Path) else v for k, v in fields if k not in NOT_KEPT}
+    kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}  # as JSON gives them back
     return kept | {"processes": processes.count()}

@@ -377,7 +377,7 @@ def test_what_is_no_text_is_never_written_out_as_python_does(tmp_path, capsys):
         ([{"content": ["parts"]}], "a content that is no text"),
         ([{"content": "\ud83d"}], "a content that is no text"),
         ([{"content": " "}], "an empty reply"),
-        ([{"content": "", "tool_calls": [{"name": "f"}]}], "tool calls, which are not supported"),
+        ([{"content": "", "tool_calls": [{"id": "f"}]}], "tool calls that are no list of functions"),
     ],
 )
 def test_conversations_that_can_not_be_read(tmp_path, capsys, talk, reason):

@@ -205,7 +205,7 @@ def test_an_error_is_one_line_whatever_it_quotes(capsys):
             "found the columns review, stars; expected one of text.label",
         ),
         ("one.csv", b"text,label\na,1\nb,1\n", "every row has the label"),
-        ("rows.xlsx", b"PK", r"expected .csv, .jsonl or .parquet, found '.xlsx'"),
+        ("rows.xlsx", b"PK", r"expected .csv, .tsv, .json, .jsonl or .parquet, found '.xlsx'"),
         ("turns.jsonl", b'{"messages": "hello"}\n', "messages"),
         ("turns.jsonl", b'{"messages": [{"from": "human", "value": "hello"}]}\n', "messages"),
         (
@@ -224,10 +224,17 @@ def test_an_error_is_one_line_whatever_it_quotes(capsys):
             "labels must be numbers or words",
         ),
         # Encodings
-        ("rows.csv", "text,label\nschön,1\n".encode("latin-1"), "no UTF-8 text.; save it as UTF-8"),
-        ("rows.csv", "text,label\na,1\n".encode("utf-16"), "no UTF-8 text.; save it as UTF-8"),
-        ("rows.jsonl", '{"text": "a"}\n'.encode("utf-16"), "no UTF-8 text.; save it as UTF-8"),
-        ("rows.csv", "text,label\na,1\n".encode("utf-16-le"), r"columns 't\\x00e\\x00x"),
+        (
+            "rows.csv",
+            "text,label\nschön,1\n".encode("latin-1"),
+            "no UTF-8 text; save .*0xf6 in line 2; in Latin-1 ",
+        ),
+        (
+            "rows.csv",
+            "text,label\na,1\n".encode("utf-16")[:-1],
+            "no utf-16-le text: truncated data; save it as",
+        ),
+        ("rows.csv", "text,label\na,1\n".encode("utf-16-le"), "zero bytes, as in UTF-16; save it as UTF-8"),
         # Rows that pandas ran together, or whose fields it shifted to the left
         ("rows.csv", b'text,label\na,1\n"b,0\n"c",1\n', "the row in line 3: .* expected .*a quote in it"),
         ("rows.csv", b'text,label\na,1\n"b\n\n\nc', "the row in line 3: unexpected end of data"),
