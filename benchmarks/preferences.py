@@ -1,13 +1,13 @@
-"""Does DPO learn which reply is wanted? Pairs made of IMDB reviews, scored before and after.
+"""Does DPO learn which reply is wanted? Pairs made of IMDB reviews, scored by the training script itself.
 
     python benchmarks/preferences.py               # about half an hour on one slow core
     python benchmarks/preferences.py --tiny        # a rehearsal: 24 pairs; writes no result
 
-As in the DPO paper's first experiment (arXiv 2305.18290, section 6) a review is to be finished, and a positive
-end is preferred. A pair is made of three reviews. The prompt is 'Finish this review: "…"' with the beginning
-of one, every other of them a negative one; the chosen reply is how a positive review ends, the rejected one how
-a negative review ends, both the same number of words. So neither the topic nor the number of words tells them
-apart. Each review is used once: held-out pairs share no text with training pairs. Writes
+As in the DPO paper's first experiment (arXiv 2305.18290, section 6) a review is to be finished, and a
+positive end is preferred. A pair is made of three reviews. The prompt is 'Finish this review: "…"' with the
+beginning of one, every other of them a negative one; the chosen reply is how a positive review ends, the
+rejected one how a negative review ends, both the same number of words. So neither the topic nor the number of
+words tells them apart. Each review is used once: held-out pairs share no text with training pairs. Writes
 results/preferences.json: the report of qlora_finetune.py on these pairs.
 """
 
