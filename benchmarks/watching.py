@@ -1,12 +1,12 @@
 """Early stopping on a run that overfits: which step was best, best against last, and what looking costs.
 
     python benchmarks/watching.py   # about half an hour on one core
-    python benchmarks/watching.py --rows 32 --epochs 3 --held-out 16 --eval-steps 4 --length 64   # a rehearsal
+    python benchmarks/watching.py --rows 16 --epochs 3 --held-out 8 --eval-steps 4 --length 64   # rehearsal
 
 The bundled model on few IMDB rows, many epochs at a high rate, the same seed each time: once to the end
 (--eval-steps alone saves the last step), once with --early-stopping, and once without any scoring, which has
-to end with the same adapter as the first. Runs are folders in --work; a finished one is not repeated, one that
-was stopped is resumed. Writes results/watching.json.
+to end with the same adapter as the first. Runs are folders in --work; a finished one is not repeated, one
+that was stopped is resumed. Writes results/watching.json.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def summary(folder: Path, report: dict) -> dict:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    flags.add_argument("--rows", type=int, default=96, help="training reviews, four a step")
-    flags.add_argument("--epochs", type=int, default=15)
-    flags.add_argument("--held-out", type=int, default=400, help="reviews scored at the end")
-    flags.add_argument("--length", type=int, default=128, help="tokens of a review")
+    flags.add_argument("--rows", type=int, default=64, help="training reviews, four a step")
+    flags.add_argument("--epochs", type=int, default=10)
+    flags.add_argument("--held-out", type=int, default=300, help="reviews scored at the end")
+    flags.add_argument("--length", type=int, default=96, help="tokens of a review")
     flags.add_argument("--rate", type=float, default=1e-3)
-    flags.add_argument("--eval-steps", type=int, default=12, help="half an epoch of the default rows")
+    flags.add_argument("--eval-steps", type=int, default=8, help="half an epoch of the default rows")
     flags.add_argument("--patience", type=int, default=5)
     flags.add_argument("--work", type=Path, default=ROOT / "qlora-out-watching")
     flags.add_argument("--out", type=Path, default=OUT)

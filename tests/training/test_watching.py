@@ -206,7 +206,7 @@ def test_scoring_changes_nothing_of_training_and_is_not_its_time(trained, tiny_f
     # bitsandbytes' repacked weights, the random state and the model's mode are what it could change.
     import time
 
-    slow, measure = 0.3, watching.HeldOut.measure
+    slow, measure = 0.75, watching.HeldOut.measure
     monkeypatch.setattr(watching.HeldOut, "measure", lambda *args: time.sleep(slow) or measure(*args))
     flags = ("--model", tiny_folder, *SMALL_RUN, "--learning-rate", "0.005")
     assert train(tmp_path / "run", *flags, "--eval-steps", 1).returncode == 0
@@ -214,7 +214,7 @@ def test_scoring_changes_nothing_of_training_and_is_not_its_time(trained, tiny_f
     watched = report(tmp_path / "run")
     assert [point["step"] for point in watched["during_training"]["points"]] == [1, 2, 3, 4]
     assert watched["during_training"]["seconds"] > 4 * slow
-    assert watched["train"]["seconds"] + 4 * slow < watched["seconds"]
+    assert watched["train"]["seconds"] < 4 * slow < watched["seconds"]  # four tiny steps: about a second
     assert watched["during_training"]["saved_step"] == 4 and not watched["during_training"]["stopped_early"]
 
 
@@ -274,9 +274,8 @@ def test_trackers_are_read_back_also_after_a_resume(tiny_folder, tmp_path, monke
         monkeypatch.delenv(name)
     out = tmp_path / "run"
     flags = ("--model", tiny_folder, *SMALL_RUN, "--eval-steps", 2, "--run-name", "mine")
-    interrupted_at(
-        3, out, *flags, "--report-to", "tensorboard", "trackio"
-    )  # steps 1 and 2 are in a checkpoint
+    # Step 3 is logged, but in no checkpoint.
+    interrupted_at(4, out, *flags, "--report-to", "tensorboard", "trackio")
     done = train(out, "--resume")
     assert done.returncode == 0 and done.stdout.startswith("the same 8 held-out rows"), done.stdout
     history = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
@@ -290,10 +289,7 @@ def test_trackers_are_read_back_also_after_a_resume(tiny_folder, tmp_path, monke
 
     rows = [row for row in logged(out) if "train/loss" in row]
     assert {row["run"] for row in rows} == {"mine"}
-    # Step 3 was logged by the process that died, and again after the resume.
-    assert [row["train/global_step"] for row in rows] == [1, 2, 3, 4] or [
-        row["train/global_step"] for row in rows
-    ] == [1, 2, 3, 3, 4]
+    assert [row["train/global_step"] for row in rows] == [1, 2, 3, 3, 4]  # trackio shows both
     assert rows[-1]["train/loss"] == pytest.approx(losses[4])
     assert no_network == []
     assert (
