@@ -73,6 +73,7 @@ def push_adapter(s, folder: Path, again: str) -> None:
     if "README.md" not in files:
         base = str(read_json(folder / ADAPTER_FILES[0], "").get("base_model_name_or_path") or "")
         files["README.md"] = plain_card(s.push_to_hub.split("/")[1], base, [], **PEFT).encode()
+    files["README.md"] = files["README.md"].replace(b'"this-folder"', f'"{s.push_to_hub}"'.encode())
     upload(s, files, folder, again)
 
 
@@ -160,7 +161,8 @@ def public_copies(folder: Path, names: tuple[str, ...]) -> dict[str, Path | byte
     documents = {name: read_json(folder / name, "write it again") for name in small}
     hidden = hidden_words(documents)
     for name, document in documents.items():
-        if (public := without(document, hidden)) != document:
+        kept = without_examples(document) if has_own_rows(documents) else document
+        if (public := without(kept, hidden)) != document:
             files[name] = (json.dumps(public, indent=2) + "\n").encode()
     for name in [name for name in files if name.endswith(".md")]:
         files[name] = without((folder / name).read_text(encoding="utf-8"), hidden).encode()
@@ -177,12 +179,34 @@ def hidden_words(documents: dict) -> list[tuple[str, str]]:
     paths = {path for document in documents.values() for path in local_paths(document)}
     hidden = {path: Path(path.replace("\\", "/")).name for path in paths}
     if (home := str(Path.home())) != "/":
-        hidden[home] = "~"
-    rows = documents.get("qlora.json", {}).get("dataset") or {}
-    if "sha256" in rows:  # of a file: its rows are the owner's
-        flips = documents.get("report.json", {}).get("evaluation", {}).get("flips", {})
-        hidden |= {each["text"]: ROW for each in flips.get("examples", []) if each.get("text")}
+        hidden[f"{home}/"] = "~/"
+    if has_own_rows(documents):  # as report.md and the card quote them
+        rows = examples(documents.get("report.json", {}).get("evaluation", {}))
+        hidden |= {f"> {text}": f"> {ROW}" for text in rows}
+        hidden |= {text: ROW for text in rows if len(text) > 20}  # a short one can be a part of any word
     return sorted(hidden.items(), key=lambda pair: -len(pair[0]))
+
+
+def has_own_rows(documents: dict) -> bool:
+    """Whether it was trained on a file: its rows are the owner's."""
+    return "sha256" in (documents.get("qlora.json", {}).get("dataset") or {})
+
+
+def examples(value) -> list[str]:
+    """Texts of rows in a report: the strings, but for labels, in its lists of examples."""
+    if not isinstance(value, dict):
+        return []
+    rows = [row for row in value.get("examples", []) if isinstance(row, dict)]
+    labels = ("kind", "truth", "before", "after")
+    found = [text for row in rows for key, text in row.items() if key not in labels and isinstance(text, str)]
+    return [text for text in found if text] + [text for part in value.values() for text in examples(part)]
+
+
+def without_examples(value):
+    """A report with empty lists of examples."""
+    if not isinstance(value, dict):
+        return value
+    return {k: [] if k == "examples" else without_examples(v) for k, v in value.items()}
 
 
 def local_paths(value) -> set[str]:

@@ -59,6 +59,7 @@ def test_a_run_arrives_whole_and_private_and_no_word_of_this_machine_does(hub, t
     assert set(there.files) == PUSHED and there.private
     assert "(private)" in done.stderr and f"/{REPO} at " in done.stderr
     assert there.files["adapter_model.safetensors"] == (trained / "adapter_model.safetensors").read_bytes()
+    assert f'from_pretrained(base, "{REPO}")'.encode() in there.files["README.md"]
     base = json.loads((trained / "qlora.json").read_text())["base"]["public_name"]
     for name, content in there.files.items():
         for word in (base, str(trained.parent), str(Path.home()), str(ROOT), TOKEN):
@@ -285,11 +286,11 @@ def test_copies_for_others_hide_paths_and_rows_of_own_files_but_no_prompt(tmp_pa
     }
     report = {
         "settings": {"dataset": "('/srv/secret/a.csv', './b/c.csv')", "question": "/x/y/z"},
-        "evaluation": {"flips": {"examples": [{"text": "a private row"}]}},
+        "evaluation": {"flips": {"examples": [{"kind": "fixed", "text": "my row"}]}},
     }
     for name, document in (("qlora.json", notes), ("report.json", report)):
         (tmp_path / name).write_text(json.dumps(document))
-    (tmp_path / "README.md").write_text("on /srv/secret/rows of mine.csv: a private row\n")
+    (tmp_path / "README.md").write_text("on /srv/secret/rows of mine.csv\n  > my row\n")
     (tmp_path / "complete.json").write_text(json.dumps({"qlora.json": "of before"}))
     (tmp_path / ".lock").write_text("")
     copies = publishing.public_copies(tmp_path, ("qlora.json", "report.json", "README.md", "complete.json"))
@@ -303,5 +304,5 @@ def test_copies_for_others_hide_paths_and_rows_of_own_files_but_no_prompt(tmp_pa
     assert read["dataset"]["name"] == "rows of mine.csv"
     settings = json.loads((public / "report.json").read_text())["settings"]
     assert settings == {"dataset": "('a.csv', 'c.csv')", "question": "/x/y/z"}
-    assert (public / "README.md").read_text() == f"on rows of mine.csv: {publishing.ROW}\n"
-    assert "private row" not in "".join(path.read_text() for path in public.iterdir())
+    assert (public / "README.md").read_text() == f"on rows of mine.csv\n  > {publishing.ROW}\n"
+    assert "my row" not in "".join(path.read_text() for path in public.iterdir())
