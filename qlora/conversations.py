@@ -128,11 +128,8 @@ def spans_at_once(tokenizer, talk: Sequence[dict], has_marks: bool, asked: list,
 def prompts_of_replies(tokenizer, talk: Sequence[dict]) -> tuple[list[str], str]:
     """(what stands before each reply, from the end token of the reply before on; that end token).
 
-    ([], "") unless the template leaves the replies as they are and puts the same around each of them. A
-    tool call is a reply that the template writes itself.
+    ([], "") unless the template leaves the replies as they are and puts the same around each of them.
     """
-    if any("tool_calls" in message for message in talk):
-        return [], ""
     replies = [i for i, m in enumerate(talk) if m["role"] == "assistant"]
     thinking = thinks(talk[-1])
 

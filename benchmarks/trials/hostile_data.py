@@ -150,8 +150,8 @@ def watch_rows(system: System, path: Path) -> None:
 
         load = data.load_rows
 
-        def loaded(name):
-            found = load(name)
+        def loaded(name, columns=None):
+            found = load(name, columns)
             labels = [label.strip() for label in found.labels]
             path.write_text(json.dumps({"labels": labels, "rows": len(found.rows)}))
             return found

@@ -115,7 +115,7 @@ def test_a_hub_datasets_own_test_split_is_the_exam(monkeypatch):
         "label": ["pos", "neg", "pos", None],
     }
     test = {"text": ["a dull film ", "great", "bad", "great"], "label": ["neg", "pos", "neg", "pos"]}
-    monkeypatch.setattr(d, "read_hub", lambda name: (train, test))
+    monkeypatch.setattr(d, "read_hub", lambda name, columns: (train, test))
     found = d.load_rows("somebody/imdb")
     # A row of the test split that is a training row as well, and one that is there twice, are left out.
     assert (
