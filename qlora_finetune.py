@@ -39,7 +39,7 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
     global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, packed, plan, prompts
-    global qat, report, shapes, sharding, sources, variants, BeforeAfter, QLoRATrainer
+    global preview, qat, report, shapes, sharding, sources, variants, BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
@@ -62,13 +62,18 @@ def import_libraries() -> None:
         variants,
     )
     from qlora.memory import plan
-    from qlora.training import guards, report, sharding
+    from qlora.training import guards, preview, report, sharding
     from qlora.training.before_after import BeforeAfter
     from qlora.training.trainer import QLoRATrainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = read_settings(argv)
+    if settings.preview:
+        import_libraries()
+        s, _ = choose_model(dataclasses.replace(settings, lane="fp32"))  # no trial of lanes
+        preview.show(s, *choose_rows(s, False))
+        return
     with open_run(settings) as run:
         if run.has_nothing_to_do():
             note(f"{run.out} holds a complete run; nothing to do (--overwrite trains again)")
@@ -85,6 +90,7 @@ def train(run) -> None:
         rows, held_out, found = choose_rows(s, run.older)
         if processes.count() > 1:
             sources.locate(s.model, run.revision)
+    s = dataclasses.replace(s, samples=len(rows), eval_samples=len(held_out))  # what None stood for
     predicted = plan.predict_run(s, machine) if found.kind != "chat" else None
 
     # 1. The frozen base, its linear layers in 4 bits. (load_in_4bit alone would mean fp4.)
@@ -163,7 +169,7 @@ def train(run) -> None:
     weights_bytes = base.model.get_memory_footprint() - lora_size["bytes"]
     record = {
         "environment": hardware.environment(machine),
-        "settings": {k: v if isinstance(v, (int, float, type(None))) else str(v) for k, v in vars(s).items()},
+        "settings": report.settings_section(s),
         "base": dataclasses.asdict(base.info),
         "data": report.data_section(found, examples, evaluation["rows"]),
         "lora": lora_size,
@@ -205,18 +211,19 @@ def choose_model(s: TrainSettings):
 
 def choose_rows(s: TrainSettings, older_run: bool):
     """(training rows, held-out rows, the dataset); UsageError where the objective does not fit the rows."""
-    found = data.load_rows(s.dataset)
+    found, name = data.load_rows(s.dataset), f"--dataset {' '.join(s.dataset)}"
     if older_run:  # its prompt stays what it was
         found.answers = data.earlier_answers(found)
-    kind, lm, name = found.kind, s.objective == "lm", f"--dataset {s.dataset}"
+    kind, lm = found.kind, s.objective == "lm"
     require(kind != "text" or lm, f"{name} has text but no labels: add --objective lm")
     require(kind != "chat" or not lm, f"{name} holds conversations: train on them without --objective lm")
     require(s.question is None or kind == "labels" and not lm, "--question is asked of labelled rows only")
     rows, held_out = data.split(found, s.samples, s.eval_samples, s.seed)
     if kind == "labels" and not lm and len({row.label for row in rows}) < 2:
         labels, lower = len(found.answers), "the others are all held out: lower --eval-samples"
-        fix = f"choose at least {labels}" if s.samples < labels else lower
-        raise UsageError(f"--samples {s.samples}: the rows drawn have one label only; {fix}")
+        more = f"{'choose' if s.samples else 'there have to be'} at least {labels}"
+        fix = more if len(rows) < labels else lower
+        raise UsageError(f"--samples {len(rows)}: the rows drawn have one label only; {fix}")
     different = f"{len(found.rows)} different rows ({found.duplicates_removed} duplicates removed)"
     note(f"data       {found.origin}: {different}, {len(rows)} to train, {len(held_out)} held out")
     return rows, held_out, found

@@ -4,12 +4,13 @@ import csv
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from config import PACKAGED_DATASETS
 from qlora.cli import UsageError, first_line, require
 from qlora.hub import asking
+from qlora.large_files import read_large
 
 # Columns of each format -> kind of rows, in the order in which they are looked for. data.to_row() reads them.
 FORMATS = {
@@ -19,8 +20,9 @@ FORMATS = {
     ("instruction", "response"): "chat",
     ("text",): "text",
 }
+LARGE_FILE = 256 << 20  # bytes; above it a file is not read into memory
 OPTIONAL = "input"  # follows the instruction
-Column = Callable[[str], list]  # the values of a named column
+Column = Callable[[str], Sequence]  # the values of a named column
 
 
 def read_file(path: Path) -> dict[str, list]:
@@ -30,7 +32,8 @@ def read_file(path: Path) -> dict[str, list]:
     require(path.stat().st_size > 0, f"{name}: the file is empty")
     require(ending in READERS, f"{name}: expected .csv, .jsonl or .parquet, found '{ending or 'no ending'}'")
     try:
-        return usable(*READERS[ending](path), str(path))
+        large = path.stat().st_size > LARGE_FILE
+        return usable(*(read_large_file if large else READERS[ending])(path), str(path))
     except UnicodeDecodeError:
         raise UsageError(f"{name}: not readable as {ending[1:]} (no UTF-8 text); save it as UTF-8") from None
     except (ValueError, OSError) as error:
@@ -38,23 +41,8 @@ def read_file(path: Path) -> dict[str, list]:
 
 
 def read_csv(path: Path) -> tuple[list[str], Column]:
-    """(names of the columns, the values of one); every field is a text, an empty one is None.
-
-    Raises ValueError where rows could run into each other, as in `"a "quoted" word",1`.
-    """
-    csv.field_size_limit(2**31 - 1)  # the default refuses texts of 128 KiB
-    rows, line = [], 1
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, strict=True)
-        try:
-            for row in filter(None, reader):
-                rows.append(row)
-                if any(row[len(rows[0]) :]):
-                    raise csv.Error(f"{len(row)} fields for {len(rows[0])} columns")
-                line = reader.line_num + 1
-        except csv.Error as error:
-            quoting = 'a text with commas needs quotes, and "" stands for a quote in it'
-            raise ValueError(f"the row in line {line}: {error}; {quoting}") from None
+    """(names of the columns, the values of one); every field is a text, an empty one is None."""
+    rows = list(csv_rows(path))
     names, *rows = rows or [[]]
 
     def column(name: str) -> list:
@@ -65,22 +53,55 @@ def read_csv(path: Path) -> tuple[list[str], Column]:
     return names, column
 
 
+def csv_rows(path: Path) -> Iterator[list[str]]:
+    """The fields of each row, the first one's are the names of the columns.
+
+    Raises ValueError where rows could run into each other, as in `"a "quoted" word",1`.
+    """
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts of 128 KiB
+    names, line = None, 1
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        try:
+            for row in filter(None, reader):
+                names = row if names is None else names
+                if any(row[len(names) :]):
+                    raise csv.Error(f"{len(row)} fields for {len(names)} columns")
+                line = reader.line_num + 1
+                yield row
+        except csv.Error as error:
+            quoting = 'a text with commas needs quotes, and "" stands for a quote in it'
+            raise ValueError(f"the row in line {line}: {error}; {quoting}") from None
+
+
 def whole_numbers(labels: list) -> list:
     """['0.0', '1.0', None] -> ['0', '1', None]: so pandas writes whole numbers where one is missing"""
-    if not all(re.fullmatch(r"-?\d+(\.0)?", label.strip()) for label in labels if label):
-        return labels
-    return [label and label.strip().removesuffix(".0") for label in labels]
+    return [whole_number(label) for label in labels] if are_whole(labels) else labels
+
+
+def are_whole(labels: Iterable) -> bool:
+    return all(re.fullmatch(r"-?\d+(\.0)?", label.strip()) for label in labels if label)
+
+
+def whole_number(label: str | None) -> str | None:
+    return label and label.strip().removesuffix(".0")
 
 
 def read_jsonl(path: Path) -> tuple[list[str], Column]:
-    rows = []
+    rows = list(json_rows(path))
+    return list(dict.fromkeys(name for row in rows for name in row)), lambda name: [r.get(name) for r in rows]
+
+
+def json_rows(path: Path) -> Iterator[dict]:
+    """The object in each line; raises ValueError where there is none."""
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                rows += [{**json.loads(line)}] if line.strip() else []
+                row = {**json.loads(line)} if line.strip() else None
             except (ValueError, TypeError, RecursionError) as error:
                 raise ValueError(f"line {number} is no JSON object: {first_line(error)}") from None
-    return list(dict.fromkeys(name for row in rows for name in row)), lambda name: [r.get(name) for r in rows]
+            if row is not None:
+                yield row
 
 
 def read_parquet(path: Path) -> tuple[list[str], Column]:
@@ -95,6 +116,19 @@ def read_parquet(path: Path) -> tuple[list[str], Column]:
 
 
 READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".parquet": read_parquet}
+
+
+def read_large_file(path: Path) -> tuple[list[str], Column]:
+    """What READERS give, row by row from the disk (qlora/large_files.py)."""
+    ending = path.suffix.lower()
+    names, values = read_large(path, {".csv": csv_rows, ".jsonl": json_rows}.get(ending))
+
+    def column(name: str) -> Sequence:
+        found = values(name)
+        numbers = ending == ".csv" and name == "label" and are_whole(found)
+        return found.then(whole_number) if numbers else found
+
+    return names, column
 
 
 def read_hub(name: str) -> tuple[dict[str, list], dict[str, list] | None]:

@@ -4,20 +4,22 @@ import contextlib
 import json
 import os
 import re
-from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import compress
 from pathlib import Path
 
-import torch
-
 from config import EVAL_SAMPLES, PACKAGED_DATASETS, SENTIMENT_ANSWERS
+from qlora import mixtures
 from qlora.cli import UsageError, note, require
 from qlora.columns import FORMATS, OPTIONAL, READERS, read_csv, read_file, read_hub
 from qlora.fetch import PACKAGED_REVIEWS, fetch
 from qlora.files import sha256_of
+from qlora.large_files import Column
+from qlora.lazy_rows import LazyRows
 from qlora.prompts import clean
+from qlora.splitting import split
 
 ROLES = ("system", "developer", "user", "assistant", "tool")  # a role stands unchanged in the prompt
 PLAIN = (str, bytes, int, float, Decimal)  # what a cell of text may hold
@@ -25,6 +27,7 @@ MISSING_WORDS = ("na", "n/a", "nan", "none", "null")
 # Labels that mean a review's verdict, by name. Numbers mean it in the bundled datasets only.
 SENTIMENT_NAMES = (["neg", "pos"], ["negative", "positive"])
 MOST_LABELS = 50
+MANY = 10_000  # different labels that are counted: a column of texts would have as many as rows
 
 
 class Unusable(ValueError):
@@ -40,20 +43,38 @@ class Row:
 
 @dataclass
 class RowSet:
-    rows: list[Row]
-    held_out: list[Row]  # the source's own test split; empty: split off from rows
+    rows: Sequence[Row]  # a list, or LazyRows where they are not all in memory
+    held_out: Sequence[Row]  # the source's own test split; empty: split off from rows
     kind: str  # "labels", "chat" or "text"
     answers: tuple[str, ...]  # names of the labels
     origin: str  # for the reader
     duplicates_removed: int = 0
     labels: tuple[str, ...] = ()  # as the dataset names them
+    left_out: str = ""  # how many rows can't be trained on, and why
+    parts: tuple["RowSet", ...] = ()  # of a mixture with weights
+    weight: float = 1.0  # of a part
+    name: str = ""
 
 
-def load_rows(dataset: str) -> RowSet:
+def load_rows(dataset: str | Sequence[str]) -> RowSet:
     """Rows of a packaged dataset, a local file or a hub dataset; duplicates are removed before any split.
 
-    A note counts the rows that can't be trained on; UsageError if none is left.
+    Several names are joined, or mixed where each has a weight: ("imdb:0.7", "my.csv:0.3"). A note counts the
+    rows that can't be trained on; UsageError if none is left.
     """
+    parts = mixtures.read_parts([dataset] if isinstance(dataset, str) else dataset)
+    found = []
+    for name, weight in parts:
+        found.append(load_part(name))
+        found[-1].name, found[-1].weight = name, weight or 1.0
+        if found[-1].left_out:
+            of = f"{name}: " if len(parts) > 1 else ""
+            note(f"note       {of}{found[-1].left_out}")
+    return found[0] if len(found) == 1 else mixtures.joined(found, parts[0][1] is not None)
+
+
+def load_part(dataset: str) -> RowSet:
+    """load_rows() of one name."""
     test, packaged = None, dataset in PACKAGED_DATASETS
     if packaged:
         column = read_csv(fetch(PACKAGED_REVIEWS))[1]
@@ -65,29 +86,39 @@ def load_rows(dataset: str) -> RowSet:
     else:
         table, test = read_hub(dataset)
         origin = f"{dataset} from the Hugging Face hub"
-    require(any(table.values()), f"--dataset {dataset}: it has no rows")
+    require(any(map(len, table.values())), f"--dataset {dataset}: it has no rows")
     kind = FORMATS[tuple(name for name in table if name != OPTIONAL)]
     names = label_names(table["label"], dataset) if kind == "labels" else []
     found, left_out = to_rows(table, names)
-    tests, left_out_there = to_rows(test, names) if test is not None and kind == "labels" else ([], [])
+    tests, left_out_there = to_rows(test, names) if test is not None and kind == "labels" else ([], {})
     rows, removed = without_duplicates(found)
-    seen = {row.text for row in rows}
+    seen = {row.text for row in rows} if tests else ()
     held_out, removed_there = without_duplicates([row for row in tests if row.text not in seen])
     origin += ", scored on its own test split" if held_out else ""
-    left_out += left_out_there
-    require(bool(rows), f"--dataset {dataset}: no row can be trained on: {reasons(left_out)}")
-    if left_out:
-        total = len(found) + len(tests) + len(left_out)
-        note(f"note       left out {len(left_out)} of {total:,} rows: {reasons(left_out)}")
+    for reason, (count, first) in left_out_there.items():
+        left_out[reason] = (
+            (left_out[reason][0] + count, left_out[reason][1]) if reason in left_out else (count, first)
+        )
+    require(bool(len(rows)), f"--dataset {dataset}: no row can be trained on: {reasons(left_out)}")
+    lost = sum(count for count, _ in left_out.values())
+    words = f"left out {lost} of {len(found) + len(tests) + lost:,} rows: {reasons(left_out)}" if lost else ""
     answers = answer_names(names, packaged)
-    return RowSet(rows, held_out, kind, answers, origin, removed + removed_there, tuple(names))
+    return RowSet(rows, held_out, kind, answers, origin, removed + removed_there, tuple(names), words)
 
 
-def identity(dataset: str) -> dict:
-    """How to recognize a dataset from any folder: its name, or a file's whole path and sha256."""
-    path = Path(dataset)
-    local = dataset not in PACKAGED_DATASETS and os.path.isfile(path)
-    return {"name": str(path.resolve()), "sha256": sha256_of(path)} if local else {"name": dataset}
+def identity(dataset: str | Sequence[str]) -> dict:
+    """How to recognize a dataset from any folder: its name, or a file's whole path and sha256.
+
+    Of several: {"name": all of them, "parts": [{"name", "sha256", "weight"}, ...]}
+    """
+    parts = mixtures.read_parts([dataset] if isinstance(dataset, str) else dataset)
+    known = []
+    for name, weight in parts:
+        path = Path(name)
+        local = name not in PACKAGED_DATASETS and os.path.isfile(path)
+        known.append({"name": str(path.resolve()), "sha256": sha256_of(path)} if local else {"name": name})
+        known[-1] |= {"weight": weight} if weight else {}
+    return known[0] if len(known) == 1 else {"name": " ".join(mixtures.names_of(known)), "parts": known}
 
 
 def label_names(labels: list, dataset: str) -> list[str]:
@@ -98,6 +129,8 @@ def label_names(labels: list, dataset: str) -> list[str]:
         require(label is None or isinstance(label, PLAIN), words)
         with contextlib.suppress(Unusable):  # to_rows counts them
             spellings.setdefault(label_name(label), {})[repr(label)[:40]] = None
+        if len(spellings) > MANY:
+            break
     names = sorted(spellings)
     count, most = len(names), f"at most {MOST_LABELS}; is 'label' the right column?"
     one = f"every row has the label {', '.join(names)[:80]}" if names else "no row has a label"
@@ -127,22 +160,32 @@ def earlier_answers(found: RowSet) -> tuple[str, ...]:
     return SENTIMENT_ANSWERS if verdict else found.labels
 
 
-def to_rows(table: dict[str, list], names: list[str]) -> tuple[list[Row], list[tuple[str, int]]]:
-    """(rows, what is wrong with the others and where they stand)"""
-    rows, left_out, index = [], [], {name: i for i, name in enumerate(names)}
-    for number, values in enumerate(zip(*table.values()), 1):
-        try:
-            rows.append(to_row(dict(zip(table, values)), index))
-        except Unusable as error:
-            left_out.append((str(error), number))
-    return rows, left_out
+def to_rows(table: dict[str, Sequence], names: list[str]) -> tuple[Sequence[Row], dict]:
+    """(rows, {what is wrong with others: (how many, where the first stands)})
+
+    Of a file that is not in memory the rows are LazyRows: each is read again when it is asked for.
+    """
+    left_out, index = {}, {name: i for i, name in enumerate(names)}
+
+    def usable() -> Iterator[tuple[int, Row]]:
+        for number, values in enumerate(zip(*table.values()), 1):
+            try:
+                yield number - 1, to_row(dict(zip(table, values)), index)
+            except Unusable as error:
+                count, first = left_out.get(str(error), (0, number))
+                left_out[str(error)] = count + 1, first
+
+    if any(isinstance(values, Column) for values in table.values()):
+        get = lambda place: to_row({name: column[place] for name, column in table.items()}, index)
+        return LazyRows.index(usable(), get), left_out
+    return [row for _, row in usable()], left_out
 
 
-def reasons(left_out: list[tuple[str, int]]) -> str:
-    """[("no label", 3), ("no label", 7)] -> 'no label (2, the first in row 3)'"""
-    counts, first = Counter(reason for reason, _ in left_out), dict(reversed(left_out))
-    said = [f"{reason} ({n}, the first in row {first[reason]})" for reason, n in counts.most_common(5)]
-    return ", ".join(said + ["…"] * (len(counts) > 5))
+def reasons(left_out: dict[str, tuple[int, int]]) -> str:
+    """{"no label": (2, 3)} -> 'no label (2, the first in row 3)'; the most frequent first, five at most"""
+    frequent = sorted(left_out.items(), key=lambda item: -item[1][0])
+    said = [f"{reason} ({count}, the first in row {first})" for reason, (count, first) in frequent[:5]]
+    return ", ".join(said + ["…"] * (len(frequent) > 5))
 
 
 def to_row(cells: dict, index: dict[str, int]) -> Row:
@@ -214,61 +257,47 @@ def conversation(talk) -> Row:
     return Row(clean(json.dumps(messages)), messages=tuple(messages))
 
 
-def without_duplicates(rows: list[Row]) -> tuple[list[Row], int]:
+def without_duplicates(rows: Sequence[Row]) -> tuple[Sequence[Row], int]:
     """The first row of each text, and how many were removed.
 
     A review on both sides of the split would be an exam question handed out beforehand.
     """
+    if isinstance(rows, LazyRows):
+        return (kept := rows.without_duplicates()), len(rows) - len(kept)
     unique = {row.text: row for row in reversed(rows)}
     kept = [row for row in rows if unique[row.text] is row]
     return kept, len(rows) - len(kept)
 
 
-def split(found: RowSet, samples: int, eval_samples: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, held-out), both drawn evenly from each label by `seed`.
-
-    Held-out rows are drawn first, so they are the same whatever `samples` is, in training and in --evaluate.
-    """
-    pool, held_out = _shuffled(found.rows, seed), _shuffled(found.held_out, seed)
-    if not held_out:
-        held_out = evenly(pool, eval_samples)
-        chosen = set(map(id, held_out))
-        pool = [row for row in pool if id(row) not in chosen]
-    available = len(found.held_out) or len(found.rows)
-    if len(held_out) < eval_samples or not pool:
-        raise UsageError(f"--eval-samples {eval_samples}: the dataset has {available} different rows in all")
-    left = f"{len(pool)} different rows are left for training ({found.duplicates_removed} duplicates removed)"
-    require(len(pool) >= samples, f"--samples {samples}: {left}")
-    return evenly(pool, samples), evenly(held_out, eval_samples)
-
-
 def held_out_rows(dataset: str, trained: dict, count: int | None) -> tuple[list[Row], RowSet]:
     """(rows that an adapter was not trained on, their dataset).
 
-    `trained` is what its qlora.json says of its data: name, seed, eval_samples, of a file its sha256.
-    Raises UsageError for more rows than training held out: the next ones were trained on.
+    `trained` is what its qlora.json says of its data: name, seed, eval_samples, of a file its sha256, of
+    several their parts. Raises UsageError for more rows than training held out: the next were trained on.
     """
-    found = load_rows(dataset)
-    same_file = "sha256" in trained and identity(dataset).get("sha256") == trained["sha256"]
-    own = dataset == trained.get("name") or same_file
-    there = trained.get("eval_samples", EVAL_SAMPLES) if own else len(found.held_out) or len(found.rows) - 1
+    own, parts = dataset == trained.get("name"), trained.get("parts", ())
+    if not own and ("sha256" in trained or parts):
+        known = identity(dataset)
+        same = lambda notes: known["name"] == notes["name"] or known.get("sha256", "") == notes.get("sha256")
+        own = "sha256" in trained and known.get("sha256") == trained["sha256"]
+        what = f"--dataset {dataset}: a part of what this adapter was trained on ({trained['name']})"
+        require(not any(map(same, parts)), f"{what}; leave --dataset out to score what was held out of it")
+    for each in (parts or (trained,)) if dataset == trained.get("name") else ():
+        if each.get("sha256") and identity(each["name"]).get("sha256") != each["sha256"]:
+            note(
+                f"note       {each['name']} has changed since training: rows may be scored that were learned"
+            )
+    found = load_rows(source_of(trained) if own and parts else dataset)
+    there = len(found.held_out) or len(found.rows) - 1
+    there = trained.get("eval_samples", EVAL_SAMPLES) if own else there
     count = count or min(there, EVAL_SAMPLES)
-    if own and not found.held_out and count > there:
+    ends = found.parts or (found,)
+    if own and not all(len(part.held_out) for part in ends) and count > there:
         kept = f"training held out {there} rows of {dataset}"
         raise UsageError(f"--eval-samples {count}: {kept}; the next ones were trained on")
     return split(found, 1, count, trained["seed"])[1], found
 
 
-def _shuffled(rows: list[Row], seed: int) -> list[Row]:
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return [rows[i] for i in order.tolist()]
-
-
-def evenly(rows: list[Row], count: int) -> list[Row]:
-    """`count` rows, taking the labels in turn while they last; order kept."""
-    turn: Counter = Counter()
-    place = []
-    for position, row in enumerate(rows):
-        place.append((turn[row.label], row.label, position))
-        turn[row.label] += 1
-    return [rows[i] for _, _, i in sorted(place)[:count]]
+def source_of(trained: dict) -> str | tuple[str, ...]:
+    """What load_rows() takes, of qlora.json's notes: a name, or those of several parts with weights."""
+    return mixtures.names_of(trained["parts"]) if trained.get("parts") else trained["name"]

@@ -15,9 +15,10 @@ from qlora import processes
 from qlora import prompts as p
 from qlora.batches import encode_rows
 from qlora.cli import UserError, note, progress
-from qlora.data import Row, evenly
+from qlora.data import Row
 from qlora.files import write_record
 from qlora.loading import Base
+from qlora.splitting import evenly
 from qlora.training.run_folder import BEFORE, Run
 
 

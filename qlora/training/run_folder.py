@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import shlex
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from qlora.cli import UsageError, UserError, note, require
 from qlora.files import (
     PART,
     SEAL,
+    as_kind,
     broken_files,
     discard,
     lock_folder,
@@ -29,7 +31,7 @@ WRITTEN = (
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"),
 )
-NOT_COMPARED = ("resume", "overwrite", "output_dir")
+NOT_COMPARED = ("resume", "overwrite", "output_dir", "preview")
 EDITED = "give the settings as flags with --overwrite to start again"
 
 
@@ -106,8 +108,10 @@ def saved_settings(out: Path, kind: type):
     """Settings of the run in `out`, to serve as defaults for --resume; None if there is none."""
     if not _is_run(out):
         return None
-    read_record(out / SETTINGS, EDITED)
-    saved = read_json(out / SETTINGS, EDITED, kind)  # keys of other versions are ignored
+    kept = _read(out)
+    if isinstance(kept.get("dataset"), str):
+        kept["dataset"] = [kept["dataset"]]
+    saved = as_kind(json.dumps(kept), out / SETTINGS, EDITED, kind)  # keys of other versions are ignored
     return dataclasses.replace(saved, output_dir=out, resume=True)
 
 
@@ -181,4 +185,7 @@ def _as_json(settings) -> dict:
     """The settings that a run has to be resumed with, and its processes: they share the batch."""
     fields = dataclasses.asdict(settings).items()
     kept = {k: str(v) if isinstance(v, Path) else v for k, v in fields if k not in NOT_COMPARED}
+    kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+    if len(kept["dataset"]) == 1:  # a word, as it was before there could be several
+        kept["dataset"] = kept["dataset"][0]
     return kept | {"processes": processes.count()}
