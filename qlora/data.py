@@ -133,9 +133,10 @@ def label_names(labels: list, dataset: str) -> list[str]:
             break
     names = sorted(spellings)
     count, most = len(names), f"at most {MOST_LABELS}; is 'label' the right column?"
+    more = " or more" if count > MANY else ""
     one = f"every row has the label {', '.join(names)[:80]}" if names else "no row has a label"
     require(count > 1, f"--dataset {dataset}: {one} (-1 means none); at least two are needed")
-    require(count <= MOST_LABELS, f"--dataset {dataset}: {count} different labels, {most}")
+    require(count <= MOST_LABELS, f"--dataset {dataset}: {count}{more} different labels, {most}")
     for name in names:
         if len(spellings[name]) > 1:
             note(f"note       read as one label: {', '.join(list(spellings[name])[:5])}")

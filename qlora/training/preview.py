@@ -1,19 +1,24 @@
 """--preview: what a run would see and do, on stdout. Nothing is trained or written."""
 
+import bisect
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
+import textwrap
 
 from qlora import processes
 from qlora.batches import encode_rows, label_lines, learned_tokens
 from qlora.cli import note
 from qlora.loading import load_tokenizer
+from qlora.logits import IGNORE
 from qlora.prompts import PromptFormat, choose_format, with_thoughts
 from qlora.sources import locate
 
 NO_LIMIT = 1 << 30  # tokens of a row
-BARS, BAR_WIDTH = 10, 40
+BAR_WIDTH = 40
+SHOWN = 600  # characters of a stretch of text; of a longer one its two ends
 
 
 def show(s, rows: list, held_out: list, found) -> None:
@@ -23,26 +28,38 @@ def show(s, rows: list, held_out: list, found) -> None:
     prompt = with_thoughts(prompt, rows) if found.kind == "chat" else prompt
     examples = encode_rows(tokenizer, prompt, rows, "training")
     whole = whole_rows(tokenizer, prompt, rows)
-    lengths = sorted(len(e["input_ids"]) for e in whole)
-    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
-    for what, i in zip(("shortest", "middle", "longest"), (0, len(by_length) // 2, -1)):
-        show_row(tokenizer, examples[by_length[i]], what, cut_of(prompt, whole, by_length[i]))
-    count = f"{len(examples):,} rows to train on, {len(held_out):,} held out"
+    show_three(tokenizer, prompt, examples, whole)
+    count = f"{len(examples):,} to train on, {len(held_out):,} held out"
     print(f"\nrows       {count}, of {len(found.rows):,} different ones")
-    duplicates = f"{found.duplicates_removed:,} duplicates"
-    print(f"dropped    {duplicates}; {found.left_out or 'no row was unusable'}")
-    longer = sum(length > s.max_length for length in lengths)
-    does = "skipped" if prompt.objective == "chat" else "cut"
-    print(f"{does:10} {longer:,} of {len(lengths):,} rows, longer than --max-length {s.max_length}")
-    print(f"lengths    in tokens, prompt and answer, before anything is {does}")
-    for line in histogram(lengths, s.max_length):
-        print(f"           {line}")
+    unusable = found.left_out or "no row was unusable"
+    print(f"dropped    {found.duplicates_removed:,} duplicates; {unusable}")
+    show_lengths([len(e["input_ids"]) for e in whole], prompt)
     learned, read = sum(map(learned_tokens, examples)), sum(len(e["input_ids"]) for e in examples)
-    print(f"tokens     {learned:,} learned of {read:,} in an epoch ({learned / read:.1%})")
-    batch = s.batch_size * processes.count()
-    each = f"batches of {batch}" + (f", {s.grad_accum} to an update" if s.grad_accum > 1 else "")
-    print(f"steps      {steps(len(examples), s):,} ({each}, --epochs {s.epochs:g})")
+    print(f"learned    {learned:,} of {read:,} tokens in an epoch ({learned / read:.1%})")
+    batches = f"batches of {s.batch_size * processes.count()}"
+    batches += f", {s.grad_accum} to an update" if s.grad_accum > 1 else ""
+    print(f"steps      {steps(len(examples), s):,} ({batches}, --epochs {s.epochs:g})")
     note("\nnext       the same command without --preview trains")
+
+
+def show_three(tokenizer, prompt: PromptFormat, examples: list[dict], whole: list[dict]) -> None:
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
+    first, middle, last = by_length[0], by_length[len(by_length) // 2], by_length[-1]
+    for i, what in {first: "shortest", middle: "middle", last: "longest"}.items():
+        show_row(tokenizer, examples[i], what, cut_of(prompt, whole, i))
+    print("tokens     of the first one")
+    for line in label_lines(tokenizer, examples[first]):
+        print(f"           {line}")
+
+
+def show_lengths(lengths: list[int], prompt: PromptFormat) -> None:
+    does = "skipped" if prompt.objective == "chat" else "cut"
+    longer = sum(length > prompt.max_length for length in lengths)
+    share = f"{longer:,} of {len(lengths):,} rows ({longer / len(lengths):.0%})"
+    print(f"{does:10} {share}, longer than --max-length {prompt.max_length}")
+    print(f"lengths    in tokens, prompt and answer, before anything is {does}")
+    for line in histogram(lengths, prompt.max_length):
+        print(f"           {line}")
 
 
 def whole_rows(tokenizer, prompt: PromptFormat, rows: list) -> list[dict]:
@@ -60,34 +77,32 @@ def cut_of(prompt: PromptFormat, whole: list[dict], i: int) -> str:
 
 
 def show_row(tokenizer, example: dict, what: str, cut: str) -> None:
-    learned = learned_tokens(example)
-    print(f"{what:10} {len(example['input_ids'])} tokens, {learned} learned (+), the rest only read (.){cut}")
-    for line in label_lines(tokenizer, example):
-        print(f"           {line}")
+    """The text that is read (.) and that is learned (+), as its tokens say."""
+    count, learned = len(example["input_ids"]), learned_tokens(example)
+    print(f"{what:10} {count} tokens, {learned} learned (+), the rest only read (.){cut}")
+    tokens = zip(example["input_ids"], example["labels"])
+    for is_learned, run in itertools.groupby(tokens, lambda token: token[1] != IGNORE):
+        text = repr(tokenizer.decode([token for token, _ in run], skip_special_tokens=False))[1:-1]
+        text = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
+        for line in textwrap.wrap(text, 90):
+            print(f"           {'+' if is_learned else '.'} {line}")
 
 
 def histogram(lengths: list[int], limit: int) -> list[str]:
-    """One bar for each range of lengths, [60, 70, 300] and 256 say; a line marks the limit.
+    """A bar for each range of lengths: eighths of `limit`, a line that marks it, and doublings above it.
 
-    The ranges are parts of `limit`, so that none lies on both sides of it; the last one is open.
+    [60, 70, 300], 256 -> ['  33 to 64    1  ####', '  65 to 96    1  ####', …, ' 257 to 512   1  ####']
     """
-    width = max(1, -(-limit // 2 ** max(0, round(math.log2(BARS * limit / max(lengths[-1], limit))))))
-    bars: dict[int, int] = {}
-    for length in lengths:
-        bar = (min(length, limit) - 1) // width if length <= limit else (limit - 1) // width + 1
-        bar += (length - limit - 1) // width if length > limit else 0
-        bars[min(bar, 2 * BARS)] = bars.get(min(bar, 2 * BARS), 0) + 1
-    lines, inside = [], (limit - 1) // width
-    for bar in range(max(bars) + 1):
-        first = bar * width + 1 if bar <= inside else limit + (bar - inside - 1) * width + 1
-        last = min((bar + 1) * width, limit) if bar <= inside else first + width - 1
-        name = f"{first:,} to {last:,}" if bar < 2 * BARS else f"{first:,} or more"
-        count = bars.get(bar, 0)
-        mark = "#" * math.ceil(BAR_WIDTH * count / max(bars.values()))
-        lines.append(f"{name:>16}  {count:6,}  {mark}".rstrip())
-        if bar == inside:
-            lines.append(f"{'-' * 16}  --max-length {limit}")
-    return lines
+    ends = sorted({limit * i // 8 for i in range(1, 9)} | {limit << i for i in (1, 2, 3)} | {NO_LIMIT})
+    bars = [bisect.bisect_left(ends, length) for length in lengths]
+    counts, mark = [bars.count(bar) for bar in range(len(ends))], ends.index(limit)
+    lines = []
+    for bar in range(min(bars), max(*bars, mark) + 1):
+        first, last = ends[bar - 1] + 1 if bar else 1, ends[bar]
+        name = f"{first:,} or more" if last == NO_LIMIT else f"{first:,} to {last:,}"
+        lines.append(f"{name:>16} {counts[bar]:7,}  {'#' * math.ceil(BAR_WIDTH * counts[bar] / max(counts))}")
+        lines += [f"{'-' * 16} --max-length {limit}"] if bar == mark else []
+    return [line.rstrip() for line in lines]
 
 
 def steps(count: int, s) -> int:
