@@ -7,6 +7,7 @@ not grow with the file.
 import contextlib
 import glob
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -72,27 +73,23 @@ def _map(kept: Path) -> pa.Table:
 
 
 def _write(path: Path, rows: Callable[[Path], Iterator] | None, kept: Path) -> None:
-    size = path.stat().st_size
-    needed = size if rows else _unpacked(path)
+    needed = path.stat().st_size if rows else _unpacked(path)
+    size, told = needed // 10**6, 0
     free = free_bytes(kept.parent)
     what = f"--dataset {path}: its rows take about {needed / 1e9:.1f} GB in {kept.parent}, which has"
     require(free > needed, f"{what} {free / 1e9:.1f} GB free; make room, or give a part of the file")
     note(f"data       {path} is large: copying its rows to {kept.parent}, about {needed / 1e9:.1f} GB (once)")
-    with progress(round(needed / 1e6), "reading", "MB") as advance, staged(kept) as part:
+    with progress(size, "reading", "MB") as advance, staged(kept) as part:
         batches = _parquet_batches(path) if rows is None else _text_batches(path, rows)
         try:
             first = next(batches)
             with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, first.schema) as out:
-                for batch in _with_first(first, batches):
+                for batch in itertools.chain([first], batches):
                     out.write_batch(batch)
-                    advance(batch.nbytes / 1e6)
+                    advance(min(file.tell() // 10**6, size) - told)
+                    told = min(file.tell() // 10**6, size)
         except pa.ArrowException as error:
             raise ValueError(str(error)) from None
-
-
-def _with_first(first, others: Iterable) -> Iterator:
-    yield first
-    yield from others
 
 
 def _unpacked(path: Path) -> int:
