@@ -96,9 +96,8 @@ def load_part(dataset: str) -> RowSet:
     held_out, removed_there = without_duplicates([row for row in tests if row.text not in seen])
     origin += ", scored on its own test split" if held_out else ""
     for reason, (count, first) in left_out_there.items():
-        left_out[reason] = (
-            (left_out[reason][0] + count, left_out[reason][1]) if reason in left_out else (count, first)
-        )
+        before, first = left_out.get(reason, (0, first))
+        left_out[reason] = before + count, first
     require(bool(len(rows)), f"--dataset {dataset}: no row can be trained on: {reasons(left_out)}")
     lost = sum(count for count, _ in left_out.values())
     words = f"left out {lost} of {len(found) + len(tests) + lost:,} rows: {reasons(left_out)}" if lost else ""
@@ -121,7 +120,7 @@ def identity(dataset: str | Sequence[str]) -> dict:
     return known[0] if len(known) == 1 else {"name": " ".join(mixtures.names_of(known)), "parts": known}
 
 
-def label_names(labels: list, dataset: str) -> list[str]:
+def label_names(labels: Sequence, dataset: str) -> list[str]:
     """The different labels, sorted; raises UsageError where they are no classes."""
     spellings: dict[str, dict] = {}
     for label in labels:
@@ -285,9 +284,8 @@ def held_out_rows(dataset: str, trained: dict, count: int | None) -> tuple[list[
         require(not any(map(same, parts)), f"{what}; leave --dataset out to score what was held out of it")
     for each in (parts or (trained,)) if dataset == trained.get("name") else ():
         if each.get("sha256") and identity(each["name"]).get("sha256") != each["sha256"]:
-            note(
-                f"note       {each['name']} has changed since training: rows may be scored that were learned"
-            )
+            what = "has changed since training: rows may be scored that were learned"
+            note(f"note       {each['name']} {what}")
     found = load_rows(source_of(trained) if own and parts else dataset)
     there = len(found.held_out) or len(found.rows) - 1
     there = trained.get("eval_samples", EVAL_SAMPLES) if own else there

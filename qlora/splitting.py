@@ -44,8 +44,8 @@ def sizes(found, samples: int | None, eval_samples: int | None) -> tuple[list[in
         train = turns(samples, weights, there)
         rest = [mine or has - train.count(i) for i, (mine, has) in enumerate(zip(own, there))]
         held = turns(usual, weights, rest)
-        fewer = f"{sum(there) - 1} fit: one row at least is held out"
-        require(bool(held), f"--samples {samples}: at most {fewer}")
+        fit = "fewer fit with these weights" if found.parts else f"at most {sum(there) - 1} fit"
+        require(bool(held), f"--samples {samples}: {fit}: one row at least is held out")
     else:
         most = [mine or has for mine, has in zip(own, there)]
         held = turns(usual if eval_samples is None else eval_samples, weights, most)
@@ -54,15 +54,14 @@ def sizes(found, samples: int | None, eval_samples: int | None) -> tuple[list[in
         all_of = f"the dataset has {sum(most)} different rows in all"
         all_of = f"with these weights {len(held)} rows can be held out" if found.parts else all_of
         if len(held) < (eval_samples or 0) or not any(rest):
-            raise UsageError(
-                f"--eval-samples {eval_samples or usual}: {all_of}; some have to be left to train on"
-            )
+            left = f"{all_of}; some have to be left to train on"
+            raise UsageError(f"--eval-samples {eval_samples or usual}: {left}")
         there = rest
-    left = (
-        f"{sum(there)} different rows are left for training ({found.duplicates_removed} duplicates removed)"
-    )
+    without = f"{found.duplicates_removed} duplicates removed"
+    left = f"{sum(there)} different rows are left for training ({without})"
     left = f"with these weights {len(train)} rows are there to train on" if found.parts else left
-    require(len(train) >= (samples or 0), f"--samples {samples}: {left}")
+    wanted = 1 if samples is None else samples
+    require(len(train) >= wanted, f"--samples {wanted}: {left}")
     return train, held
 
 

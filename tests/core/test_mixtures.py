@@ -106,6 +106,13 @@ def test_a_share_of_more_rows_than_a_part_has(tmp_path, capsys):
         d.split(found, 50, 8, seed=1)
     with pytest.raises(UsageError, match="--eval-samples 60: with these weights 41 rows can be held out"):
         d.split(found, 10, 60, seed=1)
+    (tmp_path / "one.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "two.jsonl").write_text(
+        "".join(f'{{"prompt": "{i}", "completion": "b"}}\n' for i in range(9))
+    )
+    none = d.load_rows((f"{tmp_path}/one.jsonl:9", f"{tmp_path}/two.jsonl:1"))  # the one row is held out
+    with pytest.raises(UsageError, match="--samples 1: with these weights 0 rows are there to train on"):
+        d.split(none, None, None, seed=1)
     capsys.readouterr()
     train, held_out = d.split(found, None, None, seed=1)  # nothing was asked for: a fifth of 20 + 20
     assert len(held_out) == 8 and len(train) == 33 and of(train, 100, 120) == 16
