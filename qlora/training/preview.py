@@ -82,7 +82,8 @@ def show_row(tokenizer, example: dict, what: str, cut: str) -> None:
     print(f"{what:10} {count} tokens, {learned} learned (+), the rest only read (.){cut}")
     tokens = zip(example["input_ids"], example["labels"])
     for is_learned, run in itertools.groupby(tokens, lambda token: token[1] != IGNORE):
-        text = repr(tokenizer.decode([token for token, _ in run], skip_special_tokens=False))[1:-1]
+        text = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
+        text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
         text = text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"
         for line in textwrap.wrap(text, 90):
             print(f"           {'+' if is_learned else '.'} {line}")
