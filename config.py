@@ -117,7 +117,8 @@ COMBINATIONS = ("cat", "svd", "linear", "ties", "dare_linear", "dare_ties")
 
 PACKAGED_DATASETS = ("imdb", "rotten_tomatoes")  # by the packaged file's `source` column
 
-EVAL_SAMPLES = 400  # held-out rows scored by default
+SAMPLES = 2000  # training rows by default
+EVAL_SAMPLES = 400  # held-out rows scored by default; at most a fifth of all rows
 
 # Peak rates by default. Preferences: DPO's loss only compares, and at a high rate it drives both replies out.
 LEARNING_RATE, PREFERENCE_RATE = 5e-4, 5e-5
@@ -192,7 +193,8 @@ class TrainSettings(ModelSettings):
     precision: Literal["auto", Precision] = "auto"
     # imdb, rotten_tomatoes, a hub id, or a .csv/.tsv/.json/.jsonl/.parquet file (columns: text+label,
     # prompt+completion, instruction+response or output, messages, conversations, chosen+rejected, or text).
-    dataset: str = "imdb"
+    # Several are joined; with weights, imdb:0.7 my.csv:0.3, each gives its share of the rows.
+    dataset: tuple[str, ...] = ("imdb",)
     # Where these columns have other names: text=review label=stars.
     columns: Optional[tuple[str, ...]] = None
     # sentiment: answer with the label, loss on the answer. lm: labels = input ids, learn to write the text.
@@ -205,10 +207,11 @@ class TrainSettings(ModelSettings):
     # What is asked after each text of labelled data. Default: the movie reviews' question where labels are
     # named negative/positive, else "Which label fits: a, b, c?".
     question: Optional[str] = None
-    # Training rows, drawn evenly from each label.
-    samples: int = 2000
+    # Training rows, drawn evenly from each label. Default: 2000, or what is there.
+    samples: Optional[int] = None
     # Held-out rows scored before and after training (never trained on; the same rows whatever --samples is).
-    eval_samples: int = EVAL_SAMPLES
+    # Default: 400, or a fifth of what is there.
+    eval_samples: Optional[int] = None
     # Passes over the training rows.
     epochs: float = 1.0
     # Stop after this many optimizer steps instead of --epochs; -1: off.
@@ -252,6 +255,9 @@ class TrainSettings(ModelSettings):
     private: bool = False
     # Only score the adapter in --output-dir on the rows that its training held out; nothing is trained.
     test: bool = False
+    # Train nothing and write nothing: show three rows as the model will see them, what is dropped or cut, row
+    # lengths, and how many steps a run would make.
+    preview: bool = False
 
 
 @dataclass

@@ -27,8 +27,6 @@ from qlora.cli import UsageError, note, parse, require, run
 from qlora.training import trackers
 from qlora.training.run_folder import open_run, saved_settings
 
-KEPT_AS_IS = (int, float, tuple, type(None))  # settings of these types: in report.json as they are
-
 
 def read_settings(argv: Sequence[str] | None) -> TrainSettings:
     """Flags -> checked settings; with --resume, the earlier run's settings are the defaults."""
@@ -51,7 +49,7 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
         require(not (s.report_to or s.push_to_hub), "--find-lr: leave --report-to and --push-to-hub out")
         require(not preference, "--find-lr: not with --objective preference")
         require(processes.count() == 1, "--find-lr: in one process (python qlora_finetune.py …)")
-        s = dataclasses.replace(s, samples=min(s.samples, FIND_LR_ROWS))
+        s = dataclasses.replace(s, samples=min(s.samples or FIND_LR_ROWS, FIND_LR_ROWS))
     if s.qat:
         alone = f"--qat {s.qat} rounds one merged weight a layer"
         whole = s.lora_variant not in ("dora", "pissa", "olora")
@@ -65,8 +63,8 @@ def import_libraries() -> None:
     """The only late imports: they take seconds, so the flags are checked first."""
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
     global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, packed, plan, prompts
-    global example_packs, forgetting, initial, preferences, qat, rates, report, scoring, shapes, sharding
-    global sources, variants, watching, BeforeAfter, QLoRATrainer
+    global example_packs, forgetting, initial, preferences, preview, qat, rates, report, scoring, shapes
+    global sharding, sources, variants, watching, BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
@@ -91,7 +89,17 @@ def import_libraries() -> None:
         variants,
     )
     from qlora.memory import plan
-    from qlora.training import forgetting, guards, initial, preferences, rates, report, sharding, watching
+    from qlora.training import (
+        forgetting,
+        guards,
+        initial,
+        preferences,
+        preview,
+        rates,
+        report,
+        sharding,
+        watching,
+    )
     from qlora.training.before_after import BeforeAfter
     from qlora.training.trainer import QLoRATrainer
 
@@ -101,6 +109,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.test:
         import_libraries()
         return scoring.score_run(settings)
+    if settings.preview:
+        import_libraries()
+        s, _ = choose_model(dataclasses.replace(settings, lane="fp32"))  # no trial of lanes
+        return preview.show(s, *choose_rows(s, False))
     with open_run(settings) as run:
         publishing.check(settings)
         if run.has_nothing_to_do():
@@ -122,6 +134,7 @@ def train(run) -> None:
         rows, held_out, found = choose_rows(s, run.older)
         if processes.count() > 1:
             sources.locate(s.model, revision)
+    s = dataclasses.replace(s, samples=len(rows), eval_samples=len(held_out))  # what None stood for
     talks, pairs = found.kind in ("chat", "pairs"), found.kind == "pairs"
     known = not (talks or s.packing)  # how many tokens of a row are trained on
     predicted = plan.predict_run(s, machine) if known else None
@@ -218,7 +231,7 @@ def train(run) -> None:
         "environment": hardware.environment(machine),
         "name": s.run_name,
         "finished": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "settings": {k: v if isinstance(v, KEPT_AS_IS) else str(v) for k, v in vars(s).items()},
+        "settings": report.settings_section(s),
         "base": dataclasses.asdict(base.info),
         "data": report.data_section(found, examples, evaluation["rows"]),
         "lora": lora_size,
@@ -264,10 +277,10 @@ def choose_model(s: TrainSettings):
 
 def choose_rows(s: TrainSettings, older_run: bool):
     """(training rows, held-out rows, the dataset); UsageError where the objective does not fit the rows."""
-    found = data.load_rows(s.dataset, s.columns)
+    found, name = data.load_rows(s.dataset, s.columns), f"--dataset {' '.join(s.dataset)}"
     if older_run:  # its prompt stays what it was
         found.answers = data.earlier_answers(found)
-    kind, lm, name = found.kind, s.objective == "lm", f"--dataset {s.dataset}"
+    kind, lm = found.kind, s.objective == "lm"
     preference, none = s.objective == "preference", "no columns chosen and rejected (and prompt)"
     require(
         kind != "pairs" or preference, f"{name} holds pairs (chosen, rejected): add --objective preference"
@@ -279,8 +292,9 @@ def choose_rows(s: TrainSettings, older_run: bool):
     rows, held_out = data.split(found, s.samples, s.eval_samples, s.seed)
     if kind == "labels" and not lm and len({row.label for row in rows}) < 2:
         labels, lower = len(found.answers), "the others are all held out: lower --eval-samples"
-        fix = f"choose at least {labels}" if s.samples < labels else lower
-        raise UsageError(f"--samples {s.samples}: the rows drawn have one label only; {fix}")
+        more = f"{'choose' if s.samples else 'there have to be'} at least {labels}"
+        fix = more if len(rows) < labels else lower
+        raise UsageError(f"--samples {len(rows)}: the rows drawn have one label only; {fix}")
     different = f"{len(found.rows)} different rows ({found.duplicates_removed} duplicates removed)"
     note(f"data       {found.origin}: {different}, {len(rows)} to train, {len(held_out)} held out")
     return rows, held_out, found

@@ -19,7 +19,7 @@ from ollama import go_template
 from qlora.adapters import CONFIG, WEIGHTS, Adapter, load_trained, read_adapter
 from qlora.cli import UsageError, UserError, note, require
 from qlora.control_tokens import TEMPLATE_VARIABLES, has_control_tokens
-from qlora.data import load_rows, split
+from qlora.data import load_rows, source_of, split
 from qlora.fetch import PACKAGED_MODEL, fetch
 from qlora.files import free_bytes, lock_folder, remove_leftovers, scratch, write_text
 from qlora.loading import load_tokenizer
@@ -185,7 +185,7 @@ def importance_matrix(adapter: Adapter, f16: Path, aside: Path) -> Path:
         raise UsageError("--imatrix needs an adapter trained on labels: it is made from the training prompts")
     data, tokenizer = adapter.dataset, load_tokenizer(adapter.folder)
     samples = min(IMATRIX_ROWS, data.get("samples", IMATRIX_ROWS))
-    found = load_rows(data["name"], data.get("columns"))
+    found = load_rows(source_of(data), data.get("columns"))
     rows, _ = split(found, samples, data["eval_samples"], data["seed"])
     # llama-imatrix reads text and obeys the control tokens in it: rows that hold some are left out.
     shots = lambda row: sentiment_messages(adapter.prompt, "", [(row.text, row.label)])  # with its answer

@@ -15,7 +15,7 @@ from ladder import SPEED, Replies
 from qlora import prompts as p
 from qlora.adapters import Adapter, load_trained, read_adapter
 from qlora.cli import UsageError, UserError, note, progress
-from qlora.data import load_rows, split
+from qlora.data import load_rows, source_of, split
 from qlora.evaluation import score_labels
 from qlora.fast import make_fast
 from qlora.generation import generate
@@ -58,7 +58,7 @@ def read_questions(s: ParitySettings) -> tuple[Adapter, Questions]:
     if len(first) != 2 or first[0] == first[1]:
         answers = ", ".join(prompt.answers)
         raise UsageError(f"{name}: parity needs two answers that differ in their first token, not {answers}")
-    found = load_rows(data["name"], data.get("columns"))
+    found = load_rows(source_of(data), data.get("columns"))
     if len(found.answers) != 2:
         labels = ", ".join(found.answers) or "none"
         raise UserError(f"{name}: {data['name']} has changed since training; its labels are now: {labels}")

@@ -33,6 +33,15 @@ PATTERN_SECONDS = 120  # for loading an adapter whose target_modules is a regula
 
 
 @dataclass
+class PartNotes:
+    """One of several datasets that were joined or mixed."""
+
+    name: str
+    sha256: str | None = None
+    weight: float | None = None
+
+
+@dataclass
 class DataNotes:
     """Which rows an adapter was trained on, and which were held out."""
 
@@ -43,6 +52,7 @@ class DataNotes:
     sha256: str | None = None  # of a file
     kind: str | None = None  # "pairs" of --objective preference
     columns: tuple[str, ...] | None = None  # --columns
+    parts: list[PartNotes] | None = None  # where they were several; the name is then that of all
 
 
 @dataclass

@@ -105,17 +105,28 @@ def most_labels(examples: list[dict]) -> int:
 
 
 def show_labels(tokenizer, example: dict, edge: int = 6) -> None:
-    """X-ray of one row: which tokens are only read (.), and which are learned (+)."""
-    rows = list(zip(example["input_ids"], example["labels"]))
-    learned = sum(label != IGNORE for _, label in rows)
-    note(f"labels     first training row: {len(rows)} tokens, {learned} learned (+), the rest only read (.)")
+    """X-ray of the first row, on stderr."""
+    length, learned = len(example["labels"]), learned_tokens(example)
+    note(f"labels     first training row: {length} tokens, {learned} learned (+), the rest only read (.)")
+    for line in label_lines(tokenizer, example, edge):
+        note(f"           {line}")
+
+
+def learned_tokens(example: dict) -> int:
+    return sum(label != IGNORE for label in example["labels"])
+
+
+def label_lines(tokenizer, example: dict, edge: int = 6) -> list[str]:
+    """['.    0       1  "<|im_start|>"', …]: tokens of a row that are only read (.) or learned (+)."""
+    rows, lines = list(zip(example["input_ids"], example["labels"])), []
     skip = range(edge, len(rows) - 2 * edge) if len(rows) > 4 * edge else range(0)
     for i, (token, label) in enumerate(rows):
         if i not in skip:
             mark = "+" if label != IGNORE else "."
-            note(f"           {mark} {i:4d}  {token:6d}  {tokenizer.decode([token])!r}")
+            lines.append(f"{mark} {i:4d}  {token:6d}  {tokenizer.decode([token])!r}")
         elif i == skip.start:
-            note(f"             … {len(skip)} more")
+            lines.append(f"  … {len(skip)} more")
+    return lines
 
 
 BLANK = {"input_ids": [0], "labels": [IGNORE]}  # teaches nothing and counts for nothing

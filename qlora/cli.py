@@ -92,11 +92,11 @@ def note(text: str = "") -> None:
 
 
 @contextlib.contextmanager
-def progress(rows: int, title: str) -> Iterator[Callable]:
+def progress(rows: int, title: str, unit: str = "row") -> Iterator[Callable]:
     """A progress bar on stderr; yields the function that moves it on by a number of rows."""
     from tqdm import tqdm
 
-    with tqdm(total=rows, desc=title, unit="row", mininterval=2, disable=_process > 0) as bar:
+    with tqdm(total=rows, desc=title, unit=unit, mininterval=2, disable=_process > 0) as bar:
         yield bar.update
 
 

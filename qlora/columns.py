@@ -4,14 +4,16 @@ import csv
 import functools
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from config import PACKAGED_DATASETS
 from qlora.cli import UsageError, first_line, require
 from qlora.hub import asking
+from qlora.large_files import Column as LargeColumn
+from qlora.large_files import read_large
 from qlora.talks import MEDIA
-from qlora.text_files import encoding_of, no_text, read_json, read_jsonl
+from qlora.text_files import encoding_of, json_rows, no_text, read_json, read_jsonl
 
 # Columns of each format -> kind of rows, in the order in which they are looked for. data.to_row() reads them.
 FORMATS = {
@@ -26,7 +28,8 @@ FORMATS = {
     ("text",): "text",
 }
 BESIDE = ("system", "tools", "functions", *MEDIA)  # read beside conversations, where there are any
-Column = Callable[[str], list]  # the values of a named column
+LARGE_FILE = 256 << 20  # bytes; above it a file is not read into memory
+Column = Callable[[str], Sequence]  # the values of a named column
 
 
 def kind_of(table: Iterable[str]) -> str:
@@ -43,7 +46,8 @@ def read_file(path: Path, columns: Sequence[str] | None = None) -> dict[str, lis
     known = f"{', '.join(most)} or {last}"
     require(ending in READERS, f"{name}: expected {known}, found '{ending or 'no ending'}'")
     try:
-        table = usable(*READERS[ending](path), str(path), columns)
+        large = path.stat().st_size > LARGE_FILE and ending in BY_ROW
+        table = usable(*(read_large_file if large else READERS[ending])(path), str(path), columns)
     except UnicodeDecodeError as error:
         raise UsageError(f"{name}: not readable as {ending[1:]} ({no_text(path, error)})") from None
     except (ValueError, OSError) as error:
@@ -54,24 +58,8 @@ def read_file(path: Path, columns: Sequence[str] | None = None) -> dict[str, lis
 
 
 def read_csv(path: Path, delimiter: str = ",") -> tuple[list[str], Column]:
-    """(names of the columns, the values of one); every field is a text, an empty one is None.
-
-    Raises ValueError where rows could run into each other, as in `"a "quoted" word",1`.
-    """
-    csv.field_size_limit(2**31 - 1)  # the default refuses texts of 128 KiB
-    rows, line = [], 1
-    with path.open(encoding=encoding_of(path), newline="") as lines:
-        reader = csv.reader(lines, strict=True, delimiter=delimiter)
-        try:
-            for row in filter(None, reader):
-                rows.append(row)
-                if any(row[len(rows[0]) :]):
-                    raise csv.Error(f"{len(row)} fields for {len(rows[0])} columns")
-                line = reader.line_num + 1
-        except csv.Error as error:
-            between = {",": "commas", "\t": "tabs"}[delimiter]
-            quoting = f'a text with {between} needs quotes, and "" stands for a quote in it'
-            raise ValueError(f"the row in line {line}: {error}; {quoting}") from None
+    """(names of the columns, the values of one); every field is a text, an empty one is None."""
+    rows = list(csv_rows(path, delimiter))
     names, *rows = rows or [[]]
 
     def column(name: str) -> list:
@@ -81,11 +69,42 @@ def read_csv(path: Path, delimiter: str = ",") -> tuple[list[str], Column]:
     return names, column
 
 
-def whole_numbers(labels: list) -> list:
+def csv_rows(path: Path, delimiter: str = ",") -> Iterator[list[str]]:
+    """The fields of each row, the first one's are the names of the columns.
+
+    Raises ValueError where rows could run into each other, as in `"a "quoted" word",1`.
+    """
+    csv.field_size_limit(2**31 - 1)  # the default refuses texts of 128 KiB
+    names, line = None, 1
+    with path.open(encoding=encoding_of(path), newline="") as lines:
+        reader = csv.reader(lines, strict=True, delimiter=delimiter)
+        try:
+            for row in filter(None, reader):
+                names = row if names is None else names
+                if any(row[len(names) :]):
+                    raise csv.Error(f"{len(row)} fields for {len(names)} columns")
+                line = reader.line_num + 1
+                yield row
+        except csv.Error as error:
+            between = {",": "commas", "\t": "tabs"}[delimiter]
+            quoting = f'a text with {between} needs quotes, and "" stands for a quote in it'
+            raise ValueError(f"the row in line {line}: {error}; {quoting}") from None
+
+
+def whole_numbers(labels: Sequence) -> Sequence:
     """['0.0', '1.0', None] -> ['0', '1', None]: so pandas writes whole numbers where one is missing"""
-    if not all(re.fullmatch(r"-?\d+(\.0)?", label.strip()) for label in labels if label):
+    if not are_whole(labels):
         return labels
-    return [label and label.strip().removesuffix(".0") for label in labels]
+    large = isinstance(labels, LargeColumn)
+    return labels.then(whole_number) if large else [whole_number(label) for label in labels]
+
+
+def are_whole(labels: Iterable) -> bool:
+    return all(re.fullmatch(r"-?\d+(\.0)?", label.strip()) for label in labels if label)
+
+
+def whole_number(label: str | None) -> str | None:
+    return label and label.strip().removesuffix(".0")
 
 
 def read_parquet(path: Path) -> tuple[list[str], Column]:
@@ -117,6 +136,18 @@ READERS = {
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,
 }
+# Those that can be read in parts; a .json file is one list.
+BY_ROW = {
+    ".csv": csv_rows,
+    ".tsv": functools.partial(csv_rows, delimiter="\t"),
+    ".jsonl": json_rows,
+    ".parquet": None,
+}
+
+
+def read_large_file(path: Path) -> tuple[list[str], Column]:
+    """What READERS give, row by row from the disk (qlora/large_files.py)."""
+    return read_large(path, BY_ROW[path.suffix.lower()])
 
 
 def read_hub(

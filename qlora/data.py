@@ -2,29 +2,31 @@
 
 import contextlib
 import json
-import re
 import os
-from collections import Counter
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 
-import torch
-
 from config import EVAL_SAMPLES, PACKAGED_DATASETS, SENTIMENT_ANSWERS
+from qlora import mixtures
 from qlora.cells import PLAIN, Unusable, as_text, check
 from qlora.cli import UsageError, note, require
 from qlora.columns import READERS, kind_of, read_csv, read_file, read_hub
 from qlora.fetch import PACKAGED_REVIEWS, fetch
 from qlora.files import sha256_of
+from qlora.large_files import Column
+from qlora.lazy_rows import LazyRows
 from qlora.prompts import clean
+from qlora.splitting import split
 from qlora.talks import MEDIA, TALKS, messages_of, turns
 
 MISSING_WORDS = ("na", "n/a", "nan", "none", "null")
 # Labels that mean a review's verdict, by name. Numbers mean it in the bundled datasets only.
 SENTIMENT_NAMES = (["neg", "pos"], ["negative", "positive"])
 MOST_LABELS = 50
+MANY = 10_000  # different labels that are counted: a column of texts would have as many as rows
 
 
 @dataclass(frozen=True)
@@ -42,22 +44,40 @@ class Row:
 
 @dataclass
 class RowSet:
-    rows: list[Row]
-    held_out: list[Row]  # the source's own test split; empty: split off from rows
+    rows: Sequence[Row]  # a list, or LazyRows where they are not all in memory
+    held_out: Sequence[Row]  # the source's own test split; empty: split off from rows
     kind: str  # "labels", "chat", "pairs" or "text"
     answers: tuple[str, ...]  # names of the labels
     origin: str  # for the reader
     duplicates_removed: int = 0
     labels: tuple[str, ...] = ()  # as the dataset names them
-    left_out: tuple[tuple[str, int], ...] = ()  # why rows can't be trained on, and where they stand
+    left_out: str = ""  # how many rows can't be trained on, and why
+    parts: tuple["RowSet", ...] = ()  # of a mixture with weights
+    weight: float = 1.0  # of a part
+    name: str = ""
 
 
-def load_rows(dataset: str, columns: Sequence[str] | None = None) -> RowSet:
+def load_rows(dataset: str | Sequence[str], columns: Sequence[str] | None = None) -> RowSet:
     """Rows of a packaged dataset, a local file or a hub dataset; duplicates are removed before any split.
 
-    `columns`: ["text=review", "label=stars"] where a file or hub dataset names its columns otherwise.
-    A note counts the rows that can't be trained on; UsageError if none is left.
+    Several names are joined, or mixed where each has a weight: ("imdb:0.7", "my.csv:0.3"). `columns`:
+    ["text=review", "label=stars"] where files or hub datasets name their columns otherwise. A note counts the
+    rows that can't be trained on; UsageError if none is left.
     """
+    parts = mixtures.read_parts([dataset] if isinstance(dataset, str) else dataset)
+    found = []
+    for name, weight in parts:
+        packaged = name in PACKAGED_DATASETS and len(parts) > 1  # its columns are known
+        found.append(load_part(name, None if packaged else columns))
+        found[-1].name, found[-1].weight = name, weight or 1.0
+        if found[-1].left_out:
+            of = f"{name}: " if len(parts) > 1 else ""
+            note(f"note       {of}{found[-1].left_out}")
+    return found[0] if len(found) == 1 else mixtures.joined(found, parts[0][1] is not None)
+
+
+def load_part(dataset: str, columns: Sequence[str] | None = None) -> RowSet:
+    """load_rows() of one name."""
     test, packaged = None, dataset in PACKAGED_DATASETS
     if packaged:
         require(not columns, f"--columns: {dataset} has text and label already; leave it out")
@@ -70,36 +90,41 @@ def load_rows(dataset: str, columns: Sequence[str] | None = None) -> RowSet:
     else:
         table, test = read_hub(dataset, columns)
         origin = f"{dataset} from the Hugging Face hub"
-    require(any(table.values()), f"--dataset {dataset}: it has no rows")
-    kind = kind_of(table)
+    require(any(map(len, table.values())), f"--dataset {dataset}: it has no rows")
+    kind, scored = kind_of(table), ("labels", "pairs")
     names = label_names(table["label"], dataset) if kind == "labels" else []
     found, left_out = to_rows(table, names)
-    tests, left_out_there = (
-        to_rows(test, names) if test is not None and kind in ("labels", "pairs") else ([], [])
-    )
+    tests, left_out_there = to_rows(test, names) if test is not None and kind in scored else ([], {})
     rows, removed = without_duplicates(found)
-    seen = {row.text for row in rows}
+    seen = {row.text for row in rows} if tests else ()
     held_out, removed_there = without_duplicates([row for row in tests if row.text not in seen])
     origin += ", scored on its own test split" if held_out else ""
-    left_out += left_out_there
-    require(bool(rows), f"--dataset {dataset}: no row can be trained on: {reasons(left_out)}")
-    if left_out:
-        total = len(found) + len(tests) + len(left_out)
-        note(f"note       left out {len(left_out)} of {total:,} rows: {reasons(left_out)}")
+    for reason, (count, first) in left_out_there.items():
+        before, first = left_out.get(reason, (0, first))
+        left_out[reason] = before + count, first
+    require(bool(len(rows)), f"--dataset {dataset}: no row can be trained on: {reasons(left_out)}")
+    lost = sum(count for count, _ in left_out.values())
+    words = f"left out {lost} of {len(found) + len(tests) + lost:,} rows: {reasons(left_out)}" if lost else ""
     answers = answer_names(names, packaged)
-    return RowSet(
-        rows, held_out, kind, answers, origin, removed + removed_there, tuple(names), tuple(left_out)
-    )
+    return RowSet(rows, held_out, kind, answers, origin, removed + removed_there, tuple(names), words)
 
 
-def identity(dataset: str) -> dict:
-    """How to recognize a dataset from any folder: its name, or a file's whole path and sha256."""
-    path = Path(dataset)
-    local = dataset not in PACKAGED_DATASETS and os.path.isfile(path)
-    return {"name": str(path.resolve()), "sha256": sha256_of(path)} if local else {"name": dataset}
+def identity(dataset: str | Sequence[str]) -> dict:
+    """How to recognize a dataset from any folder: its name, or a file's whole path and sha256.
+
+    Of several: {"name": all of them, "parts": [{"name", "sha256", "weight"}, ...]}
+    """
+    parts = mixtures.read_parts([dataset] if isinstance(dataset, str) else dataset)
+    known = []
+    for name, weight in parts:
+        path = Path(name)
+        local = name not in PACKAGED_DATASETS and os.path.isfile(path)
+        known.append({"name": str(path.resolve()), "sha256": sha256_of(path)} if local else {"name": name})
+        known[-1] |= {"weight": weight} if weight else {}
+    return known[0] if len(known) == 1 else {"name": " ".join(mixtures.names_of(known)), "parts": known}
 
 
-def label_names(labels: list, dataset: str) -> list[str]:
+def label_names(labels: Sequence, dataset: str) -> list[str]:
     """The different labels, sorted; raises UsageError where they are no classes."""
     spellings: dict[str, dict] = {}
     for label in labels:
@@ -107,11 +132,14 @@ def label_names(labels: list, dataset: str) -> list[str]:
         require(label is None or isinstance(label, PLAIN), words)
         with contextlib.suppress(Unusable):  # to_rows counts them
             spellings.setdefault(label_name(label), {})[repr(label)[:40]] = None
+        if len(spellings) > MANY:
+            break
     names = sorted(spellings)
     count, most = len(names), f"at most {MOST_LABELS}; is 'label' the right column?"
+    more = " or more" if count > MANY else ""
     one = f"every row has the label {', '.join(names)[:80]}" if names else "no row has a label"
     require(count > 1, f"--dataset {dataset}: {one} (-1 means none); at least two are needed")
-    require(count <= MOST_LABELS, f"--dataset {dataset}: {count} different labels, {most}")
+    require(count <= MOST_LABELS, f"--dataset {dataset}: {count}{more} different labels, {most}")
     for name in names:
         if len(spellings[name]) > 1:
             note(f"note       read as one label: {', '.join(list(spellings[name])[:5])}")
@@ -136,22 +164,32 @@ def earlier_answers(found: RowSet) -> tuple[str, ...]:
     return SENTIMENT_ANSWERS if verdict else found.labels
 
 
-def to_rows(table: dict[str, list], names: list[str]) -> tuple[list[Row], list[tuple[str, int]]]:
-    """(rows, what is wrong with the others and where they stand)"""
-    rows, left_out, index = [], [], {name: i for i, name in enumerate(names)}
-    for number, values in enumerate(zip(*table.values()), 1):
-        try:
-            rows.append(to_row(dict(zip(table, values)), index))
-        except Unusable as error:
-            left_out.append((str(error), number))
-    return rows, left_out
+def to_rows(table: dict[str, Sequence], names: list[str]) -> tuple[Sequence[Row], dict]:
+    """(rows, {what is wrong with others: (how many, where the first stands)})
+
+    Of a file that is not in memory the rows are LazyRows: each is read again when it is asked for.
+    """
+    left_out, index = {}, {name: i for i, name in enumerate(names)}
+
+    def usable() -> Iterator[tuple[int, Row]]:
+        for number, values in enumerate(zip(*table.values()), 1):
+            try:
+                yield number - 1, to_row(dict(zip(table, values)), index)
+            except Unusable as error:
+                count, first = left_out.get(str(error), (0, number))
+                left_out[str(error)] = count + 1, first
+
+    if any(isinstance(values, Column) for values in table.values()):
+        get = lambda place: to_row({name: column[place] for name, column in table.items()}, index)
+        return LazyRows.index(usable(), get), left_out
+    return [row for _, row in usable()], left_out
 
 
-def reasons(left_out: list[tuple[str, int]]) -> str:
-    """[("no label", 3), ("no label", 7)] -> 'no label (2, the first in row 3)'"""
-    counts, first = Counter(reason for reason, _ in left_out), dict(reversed(left_out))
-    said = [f"{reason} ({n}, the first in row {first[reason]})" for reason, n in counts.most_common(5)]
-    return ", ".join(said + ["…"] * (len(counts) > 5))
+def reasons(left_out: dict[str, tuple[int, int]]) -> str:
+    """{"no label": (2, 3)} -> 'no label (2, the first in row 3)'; the most frequent first, five at most"""
+    frequent = sorted(left_out.items(), key=lambda item: -item[1][0])
+    said = [f"{reason} ({count}, the first in row {first})" for reason, (count, first) in frequent[:5]]
+    return ", ".join(said + ["…"] * (len(frequent) > 5))
 
 
 def to_row(cells: dict, index: dict[str, int]) -> Row:
@@ -230,49 +268,16 @@ def as_messages(value, role: str, column: str) -> list:
     return value
 
 
-def by_prompt(rows: list[Row]) -> list[Row]:
-    """Pairs with the same prompt beside each other, in the order of their first ones."""
-    place: dict[str, int] = {}
-    for row in rows:
-        place.setdefault(row.asked, len(place))
-    return sorted(rows, key=lambda row: place[row.asked])
-
-
-def without_prompts_of(held_out: list[Row], rows: list[Row]) -> list[Row]:
-    """The pairs whose prompts no held-out pair has."""
-    seen = {row.asked for row in held_out}
-    return [row for row in rows if row.asked not in seen]
-
-
-def without_duplicates(rows: list[Row]) -> tuple[list[Row], int]:
+def without_duplicates(rows: Sequence[Row]) -> tuple[Sequence[Row], int]:
     """The first row of each text, and how many were removed.
 
     A review on both sides of the split would be an exam question handed out beforehand.
     """
+    if isinstance(rows, LazyRows):
+        return (kept := rows.without_duplicates()), len(rows) - len(kept)
     unique = {row.text: row for row in reversed(rows)}
     kept = [row for row in rows if unique[row.text] is row]
     return kept, len(rows) - len(kept)
-
-
-def split(found: RowSet, samples: int, eval_samples: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, held-out), both drawn evenly from each label by `seed`.
-
-    Held-out rows are drawn first, so they are the same whatever `samples` is, in training and in --evaluate.
-    """
-    pool, held_out = _shuffled(found.rows, seed), _shuffled(found.held_out, seed)
-    if not held_out:
-        pool = by_prompt(pool) if found.kind == "pairs" else pool
-        held_out = evenly(pool, eval_samples)
-        chosen = set(map(id, held_out))
-        pool = [row for row in pool if id(row) not in chosen]
-    if found.kind == "pairs":
-        pool = without_prompts_of(held_out, pool)
-    available = len(found.held_out) or len(found.rows)
-    if len(held_out) < eval_samples or not pool:
-        raise UsageError(f"--eval-samples {eval_samples}: the dataset has {available} different rows in all")
-    left = f"{len(pool)} different rows are left for training ({found.duplicates_removed} duplicates removed)"
-    require(len(pool) >= samples, f"--samples {samples}: {left}")
-    return evenly(pool, samples), evenly(held_out, eval_samples)
 
 
 def held_out_rows(
@@ -280,41 +285,37 @@ def held_out_rows(
 ) -> tuple[list[Row], RowSet]:
     """(rows that an adapter was not trained on, their dataset).
 
-    `trained` is what its qlora.json says of its data: name, seed, eval_samples, of a file its sha256, and
-    its --columns, by which the same file is read again.
-    Raises UsageError for more rows than training held out: the next ones were trained on.
+    `trained` is what its qlora.json says of its data: name, seed, eval_samples, of a file its sha256, of
+    several their parts, and its --columns, by which it is read again. Raises UsageError for more rows than
+    training held out: the next were trained on.
     """
-    own = is_own(dataset, trained)
+    own, parts = dataset == trained.get("name"), trained.get("parts", ())
+    if not own and ("sha256" in trained or parts):
+        known = identity(dataset)
+        same = lambda notes: known["name"] == notes["name"] or known.get("sha256", "") == notes.get("sha256")
+        own = "sha256" in trained and known.get("sha256") == trained["sha256"]
+        what = f"--dataset {dataset}: a part of what this adapter was trained on ({trained['name']})"
+        require(not any(map(same, parts)), f"{what}; leave --dataset out to score what was held out of it")
+    for each in (parts or (trained,)) if dataset == trained.get("name") else ():
+        if each.get("sha256") and identity(each["name"]).get("sha256") != each["sha256"]:
+            what = "has changed since training: rows may be scored that were learned"
+            note(f"note       {each['name']} {what}")
     if own:  # other columns would make other rows, and another split of them
         read = list(trained.get("columns") or ())
         fits = not columns or sorted(columns) == sorted(read)
         require(fits, f"--columns: training read {dataset} with {' '.join(read) or 'none'}; leave it out")
         columns = read
-    found = load_rows(dataset, columns)
-    there = trained.get("eval_samples", EVAL_SAMPLES) if own else len(found.held_out) or len(found.rows) - 1
+    found = load_rows(source_of(trained) if own and parts else dataset, columns)
+    there = len(found.held_out) or len(found.rows) - 1
+    there = trained.get("eval_samples", EVAL_SAMPLES) if own else there
     count = count or min(there, EVAL_SAMPLES)
-    if own and not found.held_out and count > there:
+    ends = found.parts or (found,)
+    if own and not all(len(part.held_out) for part in ends) and count > there:
         kept = f"training held out {there} rows of {dataset}"
         raise UsageError(f"--eval-samples {count}: {kept}; the next ones were trained on")
     return split(found, 1, count, trained["seed"])[1], found
 
 
-def is_own(dataset: str, trained: dict) -> bool:
-    """Whether this is the dataset that an adapter was trained on, by name or by a file's content."""
-    same_file = "sha256" in trained and identity(dataset).get("sha256") == trained["sha256"]
-    return dataset == trained.get("name") or same_file
-
-
-def _shuffled(rows: list[Row], seed: int) -> list[Row]:
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return [rows[i] for i in order.tolist()]
-
-
-def evenly(rows: list[Row], count: int) -> list[Row]:
-    """`count` rows, taking the labels in turn while they last; order kept."""
-    turn: Counter = Counter()
-    place = []
-    for position, row in enumerate(rows):
-        place.append((turn[row.label], row.label, position))
-        turn[row.label] += 1
-    return [rows[i] for _, _, i in sorted(place)[:count]]
+def source_of(trained: dict) -> str | tuple[str, ...]:
+    """What load_rows() takes, of qlora.json's notes: a name, or those of several parts with weights."""
+    return mixtures.names_of(trained["parts"]) if trained.get("parts") else trained["name"]

@@ -149,12 +149,17 @@ def read_json(path: Path, fix: str, kind: type = dict):
 
     Raises UserError with the `fix` where it is something else.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     if not path.is_file():  # a pipe would be waited on for ever
         raise UserError(f"{path} is missing or no file; {fix}")
+    return as_kind(path.read_bytes(), path, fix, kind)
+
+
+def as_kind(content: bytes | str, path: Path, fix: str, kind: type):
+    """read_json() of what stands in the file, or stood there."""
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes(), strict=True)
+        return TypeAdapter(kind).validate_json(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))

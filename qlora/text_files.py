@@ -2,7 +2,7 @@
 
 import codecs
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qlora.cli import first_line
@@ -42,15 +42,20 @@ def no_text(path: Path, error: UnicodeDecodeError) -> str:
 
 
 def read_jsonl(path: Path) -> tuple[list[str], Column]:
-    rows = []
+    return columns_of(list(json_rows(path)))
+
+
+def json_rows(path: Path) -> Iterator[dict]:
+    """The object in each line; raises ValueError where there is none."""
     with path.open(encoding=encoding_of(path)) as lines:
         for number, line in enumerate(lines, 1):
             try:
-                rows += [{**parse_json(line)}] if line.strip() else []
+                row = {**parse_json(line)} if line.strip() else None
             except (ValueError, TypeError, RecursionError) as error:
                 fix = "; a list? rename the file to .json" if line.lstrip().startswith("[") else ""
                 raise ValueError(f"line {number} is no JSON object: {first_line(error)}{fix}") from None
-    return columns_of(rows)
+            if row is not None:
+                yield row
 
 
 def read_json(path: Path) -> tuple[list[str], Column]:

@@ -15,10 +15,11 @@ from qlora import processes
 from qlora import prompts as p
 from qlora.batches import encode_rows
 from qlora.cli import UserError, note, progress
-from qlora.data import Row, evenly
+from qlora.data import Row
 from qlora.files import sha256_of, write_record
 from qlora.loading import Base
 from qlora.logits import IGNORE
+from qlora.splitting import evenly
 from qlora.training import forgetting
 from qlora.training.run_folder import BEFORE, Run
 from qlora.variants import WEIGHTS, Start

@@ -43,6 +43,12 @@ def data_section(found, train: list[dict], eval_rows: int) -> dict:
     }
 
 
+def settings_section(settings) -> dict:
+    """Numbers as they are, all else as text: ("a.csv", "b.csv") -> 'a.csv b.csv'"""
+    words = lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else str(v)
+    return {k: v if isinstance(v, (int, float, type(None))) else words(v) for k, v in vars(settings).items()}
+
+
 def lora_section(model) -> dict:
     """Parameters by PEFT's own count; bytes of the adapters as they are trained."""
     trainable, total = trainable_and_all(model)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import shlex
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from qlora.cli import UsageError, UserError, note, require
 from qlora.files import (
     PART,
     SEAL,
+    as_kind,
     broken_files,
     discard,
     lock_folder,
@@ -33,7 +35,8 @@ WRITTEN = (
     *("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"),
 )
 TRACKED = ("tensorboard", "trackio", "wandb")  # folders of its trackers, deleted by --overwrite as well
-NOT_KEPT = ("resume", "overwrite", "output_dir", "config", "test", "push_to_hub", "private", "find_lr")
+NOT_KEPT = ("resume", "overwrite", "output_dir", "config", "test", "preview", "find_lr")
+NOT_KEPT += ("push_to_hub", "private")
 NOT_COMPARED = (*NOT_KEPT, "run_name", "report_to")  # labels: they may change on --resume
 EDITED = "give the settings as flags with --overwrite to start again"
 
@@ -112,8 +115,10 @@ def saved_settings(out: Path, kind: type):
     """Settings of the run in `out`, to serve as defaults for --resume; None if there is none."""
     if not _is_run(out):
         return None
-    read_record(out / SETTINGS, EDITED)
-    saved = read_json(out / SETTINGS, EDITED, kind)  # keys of other versions are ignored
+    kept = _read(out)
+    if isinstance(kept.get("dataset"), str):
+        kept["dataset"] = [kept["dataset"]]
+    saved = as_kind(json.dumps(kept), out / SETTINGS, EDITED, kind)  # keys of other versions are ignored
     return dataclasses.replace(saved, output_dir=out, resume=True)
 
 
@@ -192,4 +197,6 @@ def _as_json(settings) -> dict:
     fields = dataclasses.asdict(settings).items()
     kept = {k: str(v) if isinstance(v, Path) else v for k, v in fields if k not in NOT_KEPT}
     kept = {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}  # as JSON gives them back
+    if len(kept["dataset"]) == 1:  # a word, as it was before there could be several
+        kept["dataset"] = kept["dataset"][0]
     return kept | {"processes": processes.count()}
