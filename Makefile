@@ -32,6 +32,9 @@ results: .venv/installed  ## measure again (several hours; all but the longer ru
 	$(BIN)/python benchmarks/gradient_error.py
 	$(BIN)/python benchmarks/young_adapters.py
 	$(BIN)/python benchmarks/lora_variants.py
+	$(BIN)/python benchmarks/packing.py
+	$(BIN)/python benchmarks/preferences.py
+	$(BIN)/python benchmarks/watching.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/memory_prediction.py
@@ -51,6 +54,7 @@ results: .venv/installed  ## measure again (several hours; all but the longer ru
 	cp qlora-out/report.json $(RESULTS)/default_run.json
 	$(BIN)/python quant_llama32_4bit_lora.py --ledger --adapter qlora-out --output-dir quant-out \
 	  >$(RESULTS)/lab/adapter_ledger.txt 2>&1
+	$(BIN)/python qlora_inference.py --evaluate --shots 0 4 16 32 --eval-samples 200 >$(RESULTS)/shots.txt
 	$(BIN)/python llama.cpp/parity.py --imatrix --eval-samples 200
 	cp gguf-out/parity.json gguf-out/parity.md gguf-out/parity.png $(RESULTS)/parity/nf4/
 	$(BIN)/python benchmarks/verdicts.py

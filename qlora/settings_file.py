@@ -12,7 +12,7 @@ from qlora.cli import UsageError, require
 LARGEST = 1 << 20  # bytes
 MOST_PROBLEMS = 8  # that are told at once
 # What a run is to do, rather than how: not written into its file.
-NOT_WRITTEN = ("config", "resume", "overwrite", "test")
+NOT_WRITTEN = ("config", "resume", "overwrite", "test", "preview", "find_lr", "push_to_hub", "private")
 
 
 class Nested:

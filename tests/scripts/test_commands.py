@@ -194,18 +194,15 @@ def test_accelerates_file_is_told_apart():
 
 
 FLAGS = {field.name for kind in (TRAIN, INFER, DEMO) for field in dataclasses.fields(kind)}
-# Named in the tables before they are flags; one that has become a flag has to go from here.
-COMING = {"packing", "early_stopping", "beta", "columns", "eval_steps", "report_to", "push_to_hub"}
 
 
 def test_what_the_tables_name_is_there():
-    assert not FLAGS & COMING, f"now flags: {FLAGS & COMING}"
     for name, meant in aliases.ALIASES.items():
         ours = [meant] if isinstance(meant, str) else [found[0] for found in meant.values() if found]
-        assert set(ours) <= FLAGS | COMING, f"{name}: {ours}"
+        assert set(ours) <= FLAGS, f"{name}: {ours}"
     for name, line in aliases.ELSEWHERE.items():
         for flag in re.findall(r"--([a-z][a-z-]+)", line):
-            assert flag.replace("-", "_") in FLAGS | COMING | {"types"}, f"{name}: --{flag}"
+            assert flag.replace("-", "_") in FLAGS | {"types"}, f"{name}: --{flag}"
         for path in re.findall(r"\S+\.(?:py|sh|md)\b", line):
             assert (ROOT / path.strip("()")).exists(), f"{name}: {path}"
 
