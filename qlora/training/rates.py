@@ -59,6 +59,8 @@ def put_back(model, begun: dict[str, torch.Tensor]) -> None:
 def try_rate(s, model, comparison: BeforeAfter, examples: list[dict], arguments) -> dict:
     """{rate, first, last (loss), failed, score, seconds}; a loss that is not finite ends this rate alone."""
     arguments.set_save("no")
+    arguments.set_evaluate("no")
+    arguments.report_to = []
     started, guards, failed = time.perf_counter(), Guards(), None
     trainer = QLoRATrainer(model, arguments, examples, comparison.base, Run(s), guards)
     try:
