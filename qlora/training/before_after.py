@@ -6,6 +6,7 @@ import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class BeforeAfter:
         Where a part of the base was moved into the adapter the base is both together. What is scored of the
         model as training begins, see FROM_START, has its adapter on.
         """
-        asked, before = self._fingerprint(train_rows, start), processes.told_by_first(run.kept())
+        asked, before = self._fingerprint(train_rows, start.initial), processes.told_by_first(run.kept())
         if "fingerprint" not in before:  # nothing yet, or scores of an older version: measured again
             before = {"fingerprint": asked, "revision": self.base.info.revision}
         elif before["fingerprint"] != asked:
@@ -174,15 +175,15 @@ class BeforeAfter:
         scores = self._scores(model, prompts, f"base, {len(shots)} examples")
         return {"base_few_shot": self._report(scores.argmax(1).tolist()) | {"examples": len(shots)}}
 
-    def _fingerprint(self, train_rows: list[Row], start: Start) -> str:
+    def _fingerprint(self, train_rows: list[Row], initial: Path | None = None) -> str:
         """sha256 of what a run asks and of whom: scores of one run say nothing about another."""
         rows = [[(row.text, row.label) for row in part] for part in (train_rows, self.held_out)]
         prompt = asdict(self.prompt)
         if not self.prompt.thinking:  # as it was before there was the setting
             del prompt["thinking"]
         asked = [prompt, self.base.info.revision, rows]
-        if start.initial:
-            asked.append(sha256_of(start.initial / WEIGHTS))
+        if initial:  # the adapter that training goes on from
+            asked.append(sha256_of(initial / WEIGHTS))
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
