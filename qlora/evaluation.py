@@ -30,6 +30,8 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 Ids = list[list[int]]
 # A shorter common beginning is cheaper to compute again than to attend to through a cache.
 SHORTEST_CACHED_PREFIX = 32
+# The decoder for CPUs attends from all tokens of each row: a cache is cheaper for many examples.
+LONGEST_UNCACHED_PREFIX = 1024
 
 
 def shared_prefix(sequences: Sequence[Sequence[int]]) -> int:
@@ -80,7 +82,7 @@ def _log_p(model, prompts: Ids, answer: list[int], wanted: list[int], autocast, 
     count = max(1, len(answer))  # positions of a row whose next token is asked for
     with autocast():
         cache, cut = None, prefix
-        if usable(lm):  # it computes what a batch begins with once by itself
+        if usable(lm) and prefix <= LONGEST_UNCACHED_PREFIX:  # it computes the prefix once a batch by itself
             cut = 0
         elif prefix:
             ids = torch.tensor([rows[0][:prefix]], device=device)
