@@ -17,7 +17,7 @@ import numpy as np
 from qlora import evaluation, files, prompts
 from qlora.adapters import NOTES, WEIGHTS
 from qlora.cli import UserError, first_line, note, progress, require
-from qlora.data import reasons
+from qlora.data import counted, reasons
 from qlora.prompt_files import Table, read_table
 
 SCORED_AT_ONCE = 8  # batches of labels: scoring sorts rows by length, and shares what they begin with
@@ -188,7 +188,7 @@ def write(job: Job, model, base, ask: Callable, reply: Callable) -> None:
             there = f"{job.done} of {total} rows are in {job.out}"
             raise KeyboardInterrupt(f"stopped: {there}; the same command again goes on") from None
     if left_out:
-        note(f"note       {len(left_out)} of {total} rows have no answer: {reasons(left_out)}")
+        note(f"note       {len(left_out)} of {total} rows have no answer: {reasons(counted(left_out))}")
     note(f"written    {job.out}: {total} rows")
 
 

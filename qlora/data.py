@@ -4,8 +4,8 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
 
@@ -51,10 +51,17 @@ class RowSet:
     origin: str  # for the reader
     duplicates_removed: int = 0
     labels: tuple[str, ...] = ()  # as the dataset names them
-    left_out: str = ""  # how many rows can't be trained on, and why
+    left_out: dict = field(default_factory=dict)  # {why rows can't be trained on: (how many, the first)}
     parts: tuple["RowSet", ...] = ()  # of a mixture with weights
     weight: float = 1.0  # of a part
     name: str = ""
+
+    @property
+    def lost(self) -> str:
+        """'left out 2 of 9 rows: no label (2, the first in row 3)'; "" if all can be trained on"""
+        lost = sum(count for count, _ in self.left_out.values())
+        total = len(self.rows) + len(self.held_out) + self.duplicates_removed + lost
+        return f"left out {lost} of {total:,} rows: {reasons(self.left_out)}" if lost else ""
 
 
 def load_rows(dataset: str | Sequence[str], columns: Sequence[str] | None = None) -> RowSet:
@@ -70,9 +77,8 @@ def load_rows(dataset: str | Sequence[str], columns: Sequence[str] | None = None
         packaged = name in PACKAGED_DATASETS and len(parts) > 1  # its columns are known
         found.append(load_part(name, None if packaged else columns))
         found[-1].name, found[-1].weight = name, weight or 1.0
-        if found[-1].left_out:
-            of = f"{name}: " if len(parts) > 1 else ""
-            note(f"note       {of}{found[-1].left_out}")
+        if lost := found[-1].lost:
+            note(f"note       {f'{name}: ' if len(parts) > 1 else ''}{lost}")
     return found[0] if len(found) == 1 else mixtures.joined(found, parts[0][1] is not None)
 
 
@@ -97,16 +103,15 @@ def load_part(dataset: str, columns: Sequence[str] | None = None) -> RowSet:
     tests, left_out_there = to_rows(test, names) if test is not None and kind in scored else ([], {})
     rows, removed = without_duplicates(found)
     seen = {row.text for row in rows} if tests else ()
-    held_out, removed_there = without_duplicates([row for row in tests if row.text not in seen])
+    held_out = without_duplicates([row for row in tests if row.text not in seen])[0]
+    removed += len(tests) - len(held_out)
     origin += ", scored on its own test split" if held_out else ""
     for reason, (count, first) in left_out_there.items():
         before, first = left_out.get(reason, (0, first))
         left_out[reason] = before + count, first
     require(bool(len(rows)), f"--dataset {dataset}: no row can be trained on: {reasons(left_out)}")
-    lost = sum(count for count, _ in left_out.values())
-    words = f"left out {lost} of {len(found) + len(tests) + lost:,} rows: {reasons(left_out)}" if lost else ""
     answers = answer_names(names, packaged)
-    return RowSet(rows, held_out, kind, answers, origin, removed + removed_there, tuple(names), words)
+    return RowSet(rows, held_out, kind, answers, origin, removed, tuple(names), left_out)
 
 
 def identity(dataset: str | Sequence[str]) -> dict:
@@ -183,6 +188,15 @@ def to_rows(table: dict[str, Sequence], names: list[str]) -> tuple[Sequence[Row]
         get = lambda place: to_row({name: column[place] for name, column in table.items()}, index)
         return LazyRows.index(usable(), get), left_out
     return [row for _, row in usable()], left_out
+
+
+def counted(places: Iterable[tuple[str, int]]) -> dict[str, tuple[int, int]]:
+    """[("no label", 3), ("no label", 7)] -> {"no label": (2, 3)}"""
+    counts: dict[str, tuple[int, int]] = {}
+    for reason, place in places:
+        count, first = counts.get(reason, (0, place))
+        counts[reason] = count + 1, first
+    return counts
 
 
 def reasons(left_out: dict[str, tuple[int, int]]) -> str:
@@ -289,11 +303,10 @@ def held_out_rows(
     several their parts, and its --columns, by which it is read again. Raises UsageError for more rows than
     training held out: the next were trained on.
     """
-    own, parts = dataset == trained.get("name"), trained.get("parts", ())
-    if not own and ("sha256" in trained or parts):
+    own, parts = is_own(dataset, trained), trained.get("parts", ())
+    if parts and not own:
         known = identity(dataset)
         same = lambda notes: known["name"] == notes["name"] or known.get("sha256", "") == notes.get("sha256")
-        own = "sha256" in trained and known.get("sha256") == trained["sha256"]
         what = f"--dataset {dataset}: a part of what this adapter was trained on ({trained['name']})"
         require(not any(map(same, parts)), f"{what}; leave --dataset out to score what was held out of it")
     for each in (parts or (trained,)) if dataset == trained.get("name") else ():
@@ -314,6 +327,12 @@ def held_out_rows(
         kept = f"training held out {there} rows of {dataset}"
         raise UsageError(f"--eval-samples {count}: {kept}; the next ones were trained on")
     return split(found, 1, count, trained["seed"])[1], found
+
+
+def is_own(dataset: str, trained: dict) -> bool:
+    """Whether this is the dataset that an adapter was trained on, by name or by a file's content."""
+    same_file = "sha256" in trained and identity(dataset).get("sha256") == trained["sha256"]
+    return dataset == trained.get("name") or same_file
 
 
 def source_of(trained: dict) -> str | tuple[str, ...]:

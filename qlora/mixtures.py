@@ -71,7 +71,7 @@ def joined(parts: Sequence, weighted: bool):
         held_out=LazyRows.joined(kept["held_out"]),
         origin=" + ".join(share + part.origin for share, part in zip(shares, parts)),
         duplicates_removed=sum(p.duplicates_removed for p in parts) + before - len(seen),
-        left_out="; ".join(f"{part.name}: {part.left_out}" for part in parts if part.left_out),
+        left_out={f"{p.name}: {reason}": where for p in parts for reason, where in p.left_out.items()},
         parts=tuple(parts) if weighted else (),
         weight=1.0,
     )

@@ -6,6 +6,7 @@ import time
 
 from qlora import data, evaluation, measures, prompts
 from qlora.cli import UsageError, note
+from qlora.splitting import evenly
 from qlora.tables import table
 
 # Tokens that an example may have, its end, where the verdict stands; the most that fit are taken.
@@ -67,7 +68,7 @@ def fitting(base, prompt: prompts.PromptFormat, pool: list, count: int) -> tuple
 
 def examples(tokenizer, pool: list, count: int, tokens: int) -> list[tuple[str, int]]:
     """The first `count` rows, each its last `tokens` tokens, mixed: the last label shown weighs most."""
-    chosen = data.evenly(pool, count)
+    chosen = evenly(pool, count)
     random.Random(count).shuffle(chosen)
     return [(prompts.shorten(tokenizer, row.text, tokens), row.label) for row in chosen]
 

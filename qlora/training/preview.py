@@ -31,7 +31,7 @@ def show(s, rows: list, held_out: list, found) -> None:
     show_three(tokenizer, prompt, examples, whole)
     count = f"{len(rows):,} to train on, {len(held_out):,} held out"
     print(f"\nrows       {count}, of {len(found.rows):,} different ones")
-    unusable = found.left_out or "no row was unusable"
+    unusable = found.lost or "no row was unusable"
     print(f"dropped    {found.duplicates_removed:,} duplicates; {unusable}")
     show_lengths([len(e["input_ids"]) for e in whole], prompt)
     learned, read = sum(map(learned_tokens, examples)), sum(len(e["input_ids"]) for e in examples)

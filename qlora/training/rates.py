@@ -10,8 +10,8 @@ import torch
 
 from config import FIND_LR_ROWS
 from qlora.cli import note
-from qlora.data import evenly
 from qlora.measures import percent, with_interval
+from qlora.splitting import evenly
 from qlora.tables import table
 from qlora.training.before_after import BeforeAfter
 from qlora.training.guards import GuardError, Guards

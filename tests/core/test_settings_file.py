@@ -9,7 +9,7 @@ from conftest import ROOT, SMALL_RUN, here
 
 from config import DemoSettings, InferSettings, TrainSettings
 from qlora.cli import UsageError, parse
-from qlora.settings_file import as_yaml, read_settings
+from qlora.settings_file import NOT_WRITTEN, as_yaml, read_settings
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_runs_own_file_repeats_it(tiny_folder, tmp_path):
     again = train("--config", written, "--output-dir", tmp_path / "other")
     assert again.lora_r == 4 and again.max_steps == 2 and again.samples == 16
     assert again.precision == "nf4"  # what `auto` stood for
-    left_out = {"config", "resume", "overwrite", "test"}
+    left_out = set(NOT_WRITTEN)
     names = {field.name for field in dataclasses.fields(TrainSettings)} - left_out
     assert set(read_settings(written, TrainSettings)[0]) == names
     done = here("qlora_finetune.py", "--config", written, "--resume")
