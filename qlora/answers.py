@@ -79,7 +79,7 @@ def open_job(s, adapter) -> Job:
     require(ending in (".csv", ".jsonl"), f"{name}: choose a name that ends in .csv or .jsonl")
     require(s.answers.resolve() != s.prompts.resolve(), f"{name}: that is --prompts; choose another name")
     require(s.answers.absolute().parent.is_dir(), f"{name}: there is no folder {s.answers.parent}")
-    table = read_table(s.prompts, getattr(s, "columns", None))
+    table = read_table(s.prompts, s.columns)
     labels = adapter.prompt.answers if adapter and adapter.prompt and not s.plain else ()
     new = ["label", *(f"p_{label}" for label in labels)] if labels else []
     names = [*table.names, *(free_name(name, table.names) for name in [*new, "answer"])]
@@ -102,6 +102,7 @@ def depends_on(s, adapter) -> dict:
     paths = [adapter.folder / name for name in (WEIGHTS, NOTES)] if adapter else []
     made_by = [files.sha256_of(path) for path in paths if path.is_file()]
     settings = {name: getattr(s, name) for name in SETTINGS}
+    settings["text"] = list(s.columns or ())
     return {"prompts": files.sha256_of(s.prompts), "adapter": made_by, **settings}
 
 

@@ -9,7 +9,7 @@ from qlora import prompts as p
 from qlora.cells import Unusable
 from qlora.cli import UsageError, UserError, first_line, note
 from qlora.control_tokens import marked
-from qlora.conversations import chat_examples
+from qlora.conversations import chat_examples, refuse_unwritten
 from qlora.data import Row
 from qlora.logits import IGNORE
 
@@ -59,6 +59,12 @@ def why_refused(error: Exception) -> str:
     return str(error)
 
 
+def prompt_and_reply(tokenizer, talk) -> tuple[list[int], list[int]]:
+    talk, has_marks = marked(tokenizer, talk)
+    refuse_unwritten(tokenizer, talk)
+    return p.turn_ids(tokenizer, talk, has_marks)
+
+
 def encode_pairs(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) -> list[dict]:
     """[chosen, rejected, chosen, …], each {input_ids, labels, asked}: labels are the last reply's, `asked` is
     the number of tokens before it. Pairs that can't be trained on are skipped together, with a note.
@@ -67,7 +73,7 @@ def encode_pairs(tokenizer, prompt: p.PromptFormat, rows: list[Row], what: str) 
     for row in rows:
         try:
             (asked, chosen), (other, rejected) = (
-                p.turn_ids(tokenizer, *marked(tokenizer, talk)) for talk in (row.messages, row.rejected)
+                prompt_and_reply(tokenizer, talk) for talk in (row.messages, row.rejected)
             )
         except (jinja2.TemplateError, Unusable) as error:
             left_out[f"left out: {why_refused(error)}"] += 1

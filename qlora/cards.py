@@ -1,6 +1,7 @@
 """Model cards for the hub: the front matter that it reads, and the text around what was measured."""
 
 import json
+import os
 from pathlib import Path
 
 from config import MODELS
@@ -22,13 +23,21 @@ PEFT, PLAIN = {"library_name": "peft"}, {"library_name": "transformers"}
 
 def short(name: str) -> str:
     """A file or folder by its last name alone, as others may read it; presets and hub ids as they are."""
-    return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
+    return Path(name).name if os.path.isabs(name) or os.path.exists(name) else name
+
+
+def short_all(names: str) -> str:
+    """Names with spaces between them, each by its last one; of many the first: 'a.csv and 11 more'"""
+    if os.path.exists(names):
+        return short(names)
+    first, *others = [short(name) for name in names.split(" ")] or [""]
+    return f"{first} and {len(others)} more" if len(others) > 2 else " + ".join([first, *others])
 
 
 def hub_id(name: str) -> str | None:
     """'imdb' and a preset -> their hub ids; None for what is no hub id."""
     name = DATASETS.get(name) or MODELS.get(name) or name
-    return name if REPOSITORY.fullmatch(name) and not Path(name).exists() else None
+    return name if REPOSITORY.fullmatch(name) and not os.path.exists(name) else None
 
 
 def front_matter(base: str, dataset: str = "", scores: dict | None = None, **about) -> str:
@@ -46,10 +55,11 @@ def front_matter(base: str, dataset: str = "", scores: dict | None = None, **abo
     facts["datasets"] = [data] if data else None
     if scores:
         facts["metrics"] = ["accuracy"]
+        best = scores.get("tuned_on_others") or scores["tuned"]  # not the rows that chose the step
     if scores and data:  # a table of results names a dataset of the hub
         facts["model_name"] = about.pop("model_name", f"{base or 'model'} + LoRA")
-        what = {"metric_name": f"accuracy on {scores['rows']} held-out rows", "metric_type": "accuracy"}
-        value = round(scores["tuned"]["accuracy"], 4)
+        what = {"metric_name": f"accuracy on {best['rows']} held-out rows", "metric_type": "accuracy"}
+        value = round(best["accuracy"], 4)
         task = {"task_type": "text-classification", "dataset_type": data, "dataset_name": dataset}
         facts["eval_results"] = [EvalResult(**task, **what, metric_value=value)]
     return f"---\n{ModelCardData(**(facts | about)).to_yaml()}\n---\n"

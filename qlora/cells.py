@@ -30,3 +30,10 @@ def as_text(value, column: str) -> str:
 def is_text(value) -> bool:
     """Half a character ("\\ud83d", legal in JSON) is none: it can't be tokenized."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def without_nulls(value):
+    """{"a": 1, "b": None} -> {"a": 1}: an Arrow struct has all keys that any row has."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value

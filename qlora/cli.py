@@ -151,7 +151,7 @@ def from_file(kind: type, words: list[str], quiet: bool) -> dict:
     path, flags = "", set()
     for word, following in zip(words, [*words[1:], ""]):
         flag, _, value = word.partition("=")
-        flags.add(flag.removeprefix("--").replace("-", "_"))
+        flags |= {flag[2:].replace("-", "_")} if flag.startswith("--") else set()
         path = (value or following) if flag == "--config" else path
     if not path or "config" not in {field.name for field in dataclasses.fields(kind)}:
         return {}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from config import PACKAGED_DATASETS
+from qlora.cells import without_nulls
 from qlora.cli import UsageError, first_line, require
 from qlora.hub import asking
 from qlora.large_files import Column as LargeColumn
@@ -119,13 +120,7 @@ def read_parquet(path: Path) -> tuple[list[str], Column]:
 
 
 def values_of(column) -> list:
-    """The values of an Arrow column; of structs, which have all keys that any row has, those with a value."""
-
-    def without_nulls(value):
-        if isinstance(value, dict):
-            return {key: without_nulls(each) for key, each in value.items() if each is not None}
-        return [without_nulls(each) for each in value] if isinstance(value, list) else value
-
+    """The values of an Arrow column."""
     return [without_nulls(value) for value in column.to_pylist()]
 
 
@@ -180,13 +175,18 @@ def usable(
 ) -> dict[str, list]:
     """The columns of the first of FORMATS that is there, and that has all those of `columns`."""
     source = sources(columns or ())
+    judged = {"prompt", "completion", "label"} <= set(names) and not source
+    ways = "keep those that are good, without the column label, or make pairs (prompt, chosen, rejected)"
+    require(not judged, f"--dataset {dataset}: single replies that are marked good or bad (label): {ways}")
     found = ", ".join(name if name.isidentifier() else repr(name) for name in names[:20])[:400]
     for target, name in source.items():
         no_such = f"--columns {target}={name}: {dataset} has no such column; it has {found}"
         require(name in names, no_such)
     there = {*source, *(name for name in names if name not in source.values())}
     for wanted, kind in FORMATS.items():
-        beside = (*BESIDE, "input") if "instruction" in wanted else BESIDE if kind == "chat" else ()
+        beside = (
+            (*BESIDE, "input") if "instruction" in wanted else BESIDE if kind in ("chat", "pairs") else ()
+        )
         if set(wanted) <= there and set(source) <= {*wanted, *beside}:
             wanted += tuple(name for name in beside if name in there)
             twice = [name for name in wanted if names.count(source.get(name, name)) > 1]

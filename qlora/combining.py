@@ -70,7 +70,8 @@ def combine(s: InferSettings) -> None:
     note(f"written    {s.output_dir}/: {len(adapters)} adapters in one of rank {r} ({s.combination})")
     folders = [*(a.folder for a in adapters), s.output_dir]
     every = " ".join(f"--adapter {shlex.quote(str(folder))}" for folder in folders)
-    for name in dict.fromkeys(a.dataset["name"] for a in adapters if "name" in a.dataset):
+    whole = [a.dataset for a in adapters if "name" in a.dataset and not a.dataset.get("parts")]
+    for name in dict.fromkeys(rows["name"] for rows in whole):
         note(f"next       python qlora_inference.py {every} --evaluate --dataset {shlex.quote(name)}")
 
 

@@ -181,8 +181,7 @@ def to_rows(table: dict[str, Sequence], names: list[str]) -> tuple[Sequence[Row]
             try:
                 yield number - 1, to_row(dict(zip(table, values)), index)
             except Unusable as error:
-                count, first = left_out.get(str(error), (0, number))
-                left_out[str(error)] = count + 1, first
+                add_reason(left_out, str(error), number)
 
     if any(isinstance(values, Column) for values in table.values()):
         get = lambda place: to_row({name: column[place] for name, column in table.items()}, index)
@@ -194,9 +193,13 @@ def counted(places: Iterable[tuple[str, int]]) -> dict[str, tuple[int, int]]:
     """[("no label", 3), ("no label", 7)] -> {"no label": (2, 3)}"""
     counts: dict[str, tuple[int, int]] = {}
     for reason, place in places:
-        count, first = counts.get(reason, (0, place))
-        counts[reason] = count + 1, first
+        add_reason(counts, reason, place)
     return counts
+
+
+def add_reason(counts: dict[str, tuple[int, int]], reason: str, place: int) -> None:
+    count, first = counts.get(reason, (0, place))
+    counts[reason] = count + 1, first
 
 
 def reasons(left_out: dict[str, tuple[int, int]]) -> str:
@@ -208,11 +211,11 @@ def reasons(left_out: dict[str, tuple[int, int]]) -> str:
 
 def to_row(cells: dict, index: dict[str, int]) -> Row:
     """A row of one of FORMATS; `index` gives each label its number. Raises Unusable."""
+    seen = next((name for name in MEDIA if cells.get(name)), None)
+    check(seen is None, f"{seen} beside the text, where only text can be trained on")
     if "rejected" in cells:
         return pair(cells)
     if "text" not in cells:
-        seen = next((name for name in MEDIA if cells.get(name)), None)
-        check(seen is None, f"{seen} beside the text, where only text can be trained on")
         beside = (cells.get("tools") or cells.get("functions"), cells.get("system"))
         (ask, asked), (reply, replied) = [*cells.items(), ("", "")][:2]
         if ask in TALKS:
@@ -246,11 +249,13 @@ def conversation(talk, tools=None, system=None) -> Row:
 
 def pair(cells: dict) -> Row:
     """The row of (prompt, chosen, rejected), or of two conversations that differ in their last reply."""
-    talks = [conversation(whole_talk(cells, half)).messages for half in ("chosen", "rejected")]
+    beside = (cells.get("tools") or cells.get("functions"), cells.get("system"))
+    talks = [conversation(whole_talk(cells, half), *beside).messages for half in ("chosen", "rejected")]
     (*asked, chosen), (*other, rejected) = talks
     check(asked == other, "chosen and rejected with different prompts")
     check(chosen["role"] == rejected["role"] == "assistant", "a chosen or rejected that ends with no reply")
-    check(chosen["content"].strip() != rejected["content"].strip(), "chosen and rejected that are equal")
+    chosen, rejected = ({**reply, "content": reply["content"].strip()} for reply in (chosen, rejected))
+    check(chosen != rejected, "chosen and rejected that are equal")
     return Row(clean(json.dumps(talks)), messages=talks[0], rejected=talks[1])
 
 
@@ -306,9 +311,11 @@ def held_out_rows(
     own, parts = is_own(dataset, trained), trained.get("parts", ())
     if parts and not own:
         known = identity(dataset)
-        same = lambda notes: known["name"] == notes["name"] or known.get("sha256", "") == notes.get("sha256")
         what = f"--dataset {dataset}: a part of what this adapter was trained on ({trained['name']})"
-        require(not any(map(same, parts)), f"{what}; leave --dataset out to score what was held out of it")
+        require(
+            not any(same_rows(known, part) for part in parts),
+            f"{what}; leave --dataset out to score what was held out of it",
+        )
     for each in (parts or (trained,)) if dataset == trained.get("name") else ():
         if each.get("sha256") and identity(each["name"]).get("sha256") != each["sha256"]:
             what = "has changed since training: rows may be scored that were learned"
@@ -321,12 +328,22 @@ def held_out_rows(
     found = load_rows(source_of(trained) if own and parts else dataset, columns)
     there = len(found.held_out) or len(found.rows) - 1
     there = trained.get("eval_samples", EVAL_SAMPLES) if own else there
-    count = count or min(there, EVAL_SAMPLES)
+    count = count or (there if own else min(there, EVAL_SAMPLES))
     ends = found.parts or (found,)
     if own and not all(len(part.held_out) for part in ends) and count > there:
         kept = f"training held out {there} rows of {dataset}"
         raise UsageError(f"--eval-samples {count}: {kept}; the next ones were trained on")
-    return split(found, 1, count, trained["seed"])[1], found
+    return split(found, 0, count, trained["seed"])[1], found
+
+
+def parts_of(notes: dict) -> list[dict]:
+    """The datasets in qlora.json's notes: several, or the one that they are of."""
+    return notes.get("parts") or [notes]
+
+
+def same_rows(one: dict, other: dict) -> bool:
+    """Whether two datasets of parts_of() are one, by name or by a file's content."""
+    return one["name"] == other["name"] or one.get("sha256", "") == other.get("sha256")
 
 
 def is_own(dataset: str, trained: dict) -> bool:

@@ -17,6 +17,7 @@ import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
 from config import MODELS_DIR
+from qlora.cells import without_nulls
 from qlora.cli import note, progress, require
 from qlora.files import free_bytes, sha256_of, staged
 
@@ -63,9 +64,9 @@ def read_large(path: Path, rows: Callable[[Path], Iterator] | None) -> tuple[lis
                 old.unlink()
         _write(path, rows, kept)
         table = _map(kept)
-    is_json = path.suffix.lower() == ".jsonl"
     as_json = lambda cell: cell and json.loads(cell)
-    return table.column_names, lambda name: Column(table.column(name), *[as_json] * is_json)
+    read = {".jsonl": as_json, ".parquet": without_nulls}.get(path.suffix.lower(), lambda cell: cell)
+    return table.column_names, lambda name: Column(table.column(name), read)
 
 
 def _map(kept: Path) -> pa.Table:

@@ -8,6 +8,7 @@ from qlora.cli import UsageError, first_line, require
 from qlora.data import Unusable, as_text
 
 TEXT_COLUMNS = ("text", "review", "prompt", "instruction")  # looked for in this order
+OPTIONAL = "input"  # follows an instruction
 
 
 @dataclass
@@ -40,7 +41,8 @@ def read_table(path: Path, named=None) -> Table:
 
 def text_column(file: str, names: list[str], named=None) -> str:
     """Which column is asked: the one that --columns names, one of TEXT_COLUMNS, or the only one."""
-    pairs = dict(pair.split("=", 1) for pair in named or () if "=" in pair)
+    pairs = dict(pair.partition("=")[::2] for pair in named or ())
+    require(set(pairs) <= {"text"} and all(pairs.values()), f"--columns with {file}: say text=COLUMN")
     wanted = [pairs["text"]] if "text" in pairs else [*TEXT_COLUMNS, *(names if len(names) == 1 else [])]
     found = [name for name in wanted if name in names]
     there = f"found the columns {', '.join(map(repr, names[:20]))[:400]}"
@@ -51,12 +53,12 @@ def text_column(file: str, names: list[str], named=None) -> str:
 def with_texts(names: list[str], rows: list[tuple], column: str) -> Table:
     """The table, and what is asked in each row: a cell of `column`, an instruction with its `input`."""
     table, at = Table(names, rows, []), names.index(column)
-    extra = names.index(columns.OPTIONAL) if column == "instruction" and columns.OPTIONAL in names else None
+    extra = names.index(OPTIONAL) if column == "instruction" and OPTIONAL in names else None
     for number, row in enumerate(rows, 1):
         try:
             text = as_text(row[at], column).strip()
             if extra is not None and row[extra] not in (None, ""):
-                text = f"{text}\n\n{as_text(row[extra], columns.OPTIONAL)}"
+                text = f"{text}\n\n{as_text(row[extra], OPTIONAL)}"
         except Unusable as error:
             table.left_out.append((str(error), number))
             text = None

@@ -177,6 +177,7 @@ def public_copies(folder: Path, names: tuple[str, ...]) -> dict[str, Path | byte
 def hidden_words(documents: dict) -> list[tuple[str, str]]:
     """[(what others should not read, what stands there instead)], the longest first."""
     paths = {path for document in documents.values() for path in local_paths(document)}
+    paths |= {str(Path(path).parent) for path in paths if path.lower().endswith(".gguf")}  # transformers' way
     hidden = {path: Path(path.replace("\\", "/")).name for path in paths}
     if (home := str(Path.home())) != "/":
         hidden[f"{home}/"] = "~/"
@@ -189,7 +190,8 @@ def hidden_words(documents: dict) -> list[tuple[str, str]]:
 
 def has_own_rows(documents: dict) -> bool:
     """Whether it was trained on a file: its rows are the owner's."""
-    return "sha256" in (documents.get("qlora.json", {}).get("dataset") or {})
+    data = documents.get("qlora.json", {}).get("dataset") or {}
+    return any(part.get("sha256") for part in (data, *(data.get("parts") or ())))
 
 
 def examples(value) -> list[str]:
@@ -217,7 +219,8 @@ def local_paths(value) -> set[str]:
         return set().union(*map(local_paths, value))
     if not isinstance(value, str):
         return set()
-    whole = value.count("/") > 1 and "\n" not in value and Path(value).is_absolute()
+    several = re.search(r"\s(?:~|\.{1,2}|[A-Za-z]:)?[/\\]", value)  # paths with spaces between them
+    whole = value.count("/") > 1 and "\n" not in value and Path(value).is_absolute() and not several
     return {value} if whole else set(PATH.findall(value))
 
 

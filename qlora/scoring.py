@@ -8,12 +8,16 @@ from qlora.cli import UserError, note, progress, require
 
 def score_run(s: TrainSettings) -> None:
     """Score the adapter in --output-dir as it was trained, on the rows that its training held out."""
+    usual = (s.dataset, s.columns, s.model) == (TrainSettings.dataset, None, TrainSettings.model)
+    other = "python qlora_inference.py --evaluate --dataset … scores it on others"
+    require(usual, f"--test scores the rows that its training held out, on its own base; {other}")
     require(s.output_dir.is_dir(), f"--test: no folder {s.output_dir}; --output-dir names a trained adapter")
     adapter = adapters.read_adapter(s.output_dir)
     model, base = adapters.load_trained(adapter, s.device, s.lane)
     hardware.show(base.hardware)
     model.set_adapter(adapter.peft_name)
-    evaluate(InferSettings(adapter=(str(s.output_dir),), evaluate=True), [adapter], model, base)
+    asked = InferSettings(adapter=(str(s.output_dir),), evaluate=True, eval_samples=s.eval_samples)
+    evaluate(asked, [adapter], model, base)
 
 
 def evaluate(s: InferSettings, chosen: list, model, base) -> None:
@@ -33,6 +37,7 @@ def evaluate(s: InferSettings, chosen: list, model, base) -> None:
         trained = adapter.trained_on(name) if adapter else {"seed": s.seed}  # the base: on none of them
         rows, found = data.held_out_rows(name, trained, s.eval_samples, s.columns)
         match(name, found, prompt, adapter)
+        require(s.shots is None or prompt.asks, "--shots: the adapter was not trained on labels")
         note(f"data       {found.origin}: {len(rows)} held-out rows")
         if adapter:
             model.set_adapter(adapter.peft_name)

@@ -12,7 +12,8 @@ from qlora.cli import UsageError, require
 LARGEST = 1 << 20  # bytes
 MOST_PROBLEMS = 8  # that are told at once
 # What a run is to do, rather than how: not written into its file.
-NOT_WRITTEN = ("config", "resume", "overwrite", "test", "preview", "find_lr", "push_to_hub", "private")
+NOT_WRITTEN = ("config", "resume", "overwrite", "test", "preview", "find_lr")
+NOT_WRITTEN += ("push_to_hub", "private")
 
 
 class Nested:
@@ -101,14 +102,15 @@ def checked(hint, setting: tuple[str, object]):
     if name in JOINED and isinstance(value, list):
         value = ",".join(map(str, value))
     kinds = {typing.get_origin(each) or each for each in (hint, *typing.get_args(hint))}
+    given, texts = value, str in kinds or tuple in kinds
     if tuple in kinds and isinstance(value, (str, int, float)):
         value = [value]
     try:
         result = TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         why = error.errors(include_url=False)[0]["msg"].removeprefix("Input ")
-        quotes = "; put it into quotes" if isinstance(value, (int, float)) and str in kinds else ""
-        raise ValueError(f"{name}: {shown(value)} {why}{quotes}") from None
+        quotes = "; put it into quotes" if isinstance(given, (int, float)) and texts else ""
+        raise ValueError(f"{name}: {shown(given)} {why}{quotes}") from None
     if isinstance(value, bool) and not isinstance(result, bool):  # True is 1 in Python
         raise ValueError(f"{name}: {shown(value)} should be a number")
     return result
@@ -127,7 +129,7 @@ def near(name: str, known) -> str:
 
 def as_yaml(settings) -> str:
     """All settings as a file for --config, with which the run can be repeated."""
-    values = {k: v for k, v in vars(settings).items() if k not in NOT_WRITTEN}
+    values = {k: v for k, v in vars(settings).items() if k not in (*NOT_WRITTEN, "run_name")}
     plain = {
         k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
         for k, v in values.items()

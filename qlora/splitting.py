@@ -21,11 +21,22 @@ def split(found, samples: int | None, eval_samples: int | None, seed: int) -> tu
     """
     parts = found.parts or (found,)
     train, held = sizes(found, samples, eval_samples)
-    counts = [(train.count(i), held.count(i)) for i in range(len(parts))]
-    drawn = [draw(part, *count, seed) for part, count in zip(parts, counts)]
-    there = sum(len(rows) for rows, _ in drawn)  # fewer of pairs whose prompts are held out
-    left = f"{there} pairs are left for training, the others share a prompt with a held-out pair"
-    require(there == len(train) or there > 0 and samples is None, f"--samples {samples}: {left}")
+    exams = [held.count(i) for i in range(len(parts))]
+    if found.kind == "pairs":
+        drawn, lost = draw_pairs(parts, exams, seed)
+        wanted, left = len(train), [len(rows) for rows, _ in drawn]
+        train = turns(wanted, [part.weight for part in parts], left)
+        shared = f"{lost} pairs share a prompt with a held-out one"
+        if lost:
+            note(f"note       not trained on: {shared}")
+        fits = len(train) == wanted if samples is not None else len(train) > 0
+        asked = f"--samples {samples}: " if samples is not None else "--dataset: "
+        require(fits, f"{asked}{len(train)} pairs are left for training ({shared})")
+    counts = [(train.count(i), n) for i, n in enumerate(exams)]
+    if found.kind == "pairs":
+        drawn = [(rows[:n], exam) for (rows, exam), (n, _) in zip(drawn, counts)]
+    else:
+        drawn = [draw(part, *count, seed) for part, count in zip(parts, counts)]
     few = len(train) < SAMPLES and samples is None or len(held) < EVAL_SAMPLES and eval_samples is None
     if few:
         usual = f"the defaults are {SAMPLES:,} and {EVAL_SAMPLES:,}"
@@ -88,8 +99,6 @@ def turns(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int
 
 def draw(part, train: int, held: int, seed: int) -> tuple[list, list]:
     """So many (training rows, held-out rows) of one dataset; only these are read where it is a large file."""
-    if part.kind == "pairs":
-        return draw_pairs(part, train, held, seed)
     pool, labels = _shuffled(part.rows, seed), labels_of(part.rows)
     scored = part.held_out if len(part.held_out) else part.rows
     exam = _shuffled(part.held_out, seed) if len(part.held_out) else pool
@@ -100,21 +109,27 @@ def draw(part, train: int, held: int, seed: int) -> tuple[list, list]:
     return [part.rows[i] for i in chosen.tolist()], [scored[i] for i in exam.tolist()]
 
 
-def draw_pairs(part, train: int, held: int, seed: int) -> tuple[list, list]:
-    """draw() of pairs: those with a held-out pair's prompt are not trained on, which may leave fewer rows.
+def draw_pairs(parts: Sequence, held: Sequence[int], seed: int) -> tuple[list[tuple[list, list]], int]:
+    """([(rows that may be trained on, held-out rows) of each part], how many were lost).
 
-    Pairs of one prompt are held out one after the other, so that as few prompts as possible are lost.
+    Lost are those with the prompt of a pair that any part holds out. Pairs of one prompt are held out one
+    after the other, so that few are lost. (All pairs are read into memory.)
     """
-    rows = [part.rows[i] for i in _shuffled(part.rows, seed).tolist()]
-    own = [part.held_out[i] for i in _shuffled(part.held_out, seed).tolist()]
-    if not own:
+    drawn, found = [], 0
+    for part, count in zip(parts, held):
+        rows = [part.rows[i] for i in _shuffled(part.rows, seed).tolist()]
+        own = [part.held_out[i] for i in _shuffled(part.held_out, seed).tolist()]
         place: dict[str, int] = {}
         for row in rows:
             place.setdefault(row.asked, len(place))
-        rows.sort(key=lambda row: place[row.asked])
-    exam = (own or rows)[:held]
-    seen = {row.asked for row in exam}
-    return [row for row in rows if row.asked not in seen][:train], exam
+        exam = own[:count] if own else sorted(rows, key=lambda row: place[row.asked])[:count]
+        chosen = set() if own else set(map(id, exam))
+        rows = [row for row in rows if id(row) not in chosen]
+        drawn.append((rows, exam))
+        found += len(rows)
+    seen = {row.asked for _, exam in drawn for row in exam}
+    drawn = [([row for row in rows if row.asked not in seen], exam) for rows, exam in drawn]
+    return drawn, found - sum(len(rows) for rows, _ in drawn)
 
 
 def evenly(rows: list, count: int) -> list:
@@ -139,4 +154,4 @@ def _shuffled(rows: Sequence, seed: int) -> np.ndarray:
 def _in_turn(parts: list[list], order: list[int]) -> list:
     """[[a, b], [c]], [0, 1, 0] -> [a, c, b]"""
     left = [iter(rows) for rows in parts]
-    return [row for part in order if (row := next(left[part], None)) is not None]
+    return [next(left[part]) for part in order]

@@ -73,7 +73,7 @@ class BeforeAfter:
             "base_zero_shot": lambda: self._zero_shot(model),
             "base_few_shot": lambda: self._few_shot(model, train_rows),
             "bag_of_words": lambda: {"bag_of_words": self._report(bag_of_words(train_rows, self.held_out))},
-            "initial": lambda: {"initial": self._labels(model, "initial adapter")},
+            "initial": lambda: {"initial": self.score_now(model, "initial adapter")},
         }
 
     def score_after(self, model, before: dict, chosen_on: int = 0) -> dict:
@@ -105,6 +105,11 @@ class BeforeAfter:
             **self._tuned(scores.argmax(1).tolist(), chosen_on),
             "flips": {"fixed": len(changed["fixed"]), "broken": len(changed["broken"]), "examples": examples},
         }
+
+    @property
+    def scored(self) -> int:
+        """Held-out rows that can be scored: of texts and chats those that are not too long."""
+        return len(self.held_out) if self.prompt.asks else len(self.examples)
 
     def scorer(self, rows: int) -> Callable:
         """model -> {"loss"} of the first `rows`, and "accuracy" where they have labels: for --eval-steps.
@@ -140,9 +145,6 @@ class BeforeAfter:
 
     def _scores(self, model, prompts: list[list[int]], who: str) -> np.ndarray:
         return e.score_answers(self.base, model, self.prompt, prompts, who)
-
-    def _labels(self, model, who: str) -> dict:
-        return self._report(self._scores(model, self.prompts, who).argmax(1).tolist())
 
     def _tuned(self, predicted: list[int], chosen_on: int) -> dict:
         result = {"tuned": self._report(predicted)}

@@ -22,8 +22,9 @@ def read(s) -> Adapter | None:
     """The checked adapter of --init-adapter; UserError or UsageError where nothing can go on from it."""
     if s.init_adapter is None:
         return None
-    one = f"--init-adapter and --output-dir are one folder, {s.output_dir}: choose another --output-dir"
-    require(s.init_adapter.resolve() != s.output_dir.resolve(), one)
+    one = f"--init-adapter {s.init_adapter} is in --output-dir {s.output_dir}: choose another --output-dir"
+    inside = s.init_adapter.resolve()
+    require(s.output_dir.resolve() not in (inside, *inside.parents), one)
     fresh = f"--lora-variant {s.lora_variant} says how a fresh adapter begins: leave it out"
     require(s.lora_variant in ("lora", "rslora", "dora"), f"--init-adapter: {fresh}")
     with told_by_flag():
@@ -70,7 +71,11 @@ def check_settings(adapter: Adapter, fresh: LoraConfig, s) -> None:
     """Raises UsageError that names every flag by which `fresh` is another adapter."""
     config = adapter.config
     variant = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
-    its = {"--lora-r": config["r"], "--lora-alpha": config["lora_alpha"], "--lora-variant": variant}
+    its = {
+        "--lora-r": config.get("r", 8),
+        "--lora-alpha": config.get("lora_alpha", 8),
+        "--lora-variant": variant,
+    }
     ours = {"--lora-r": fresh.r, "--lora-alpha": fresh.lora_alpha, "--lora-variant": s.lora_variant}
     names = {key.split(".lora_")[0].rsplit(".", 1)[-1] for key in load_file(adapter.folder / WEIGHTS)}
     its["--target-modules"] = ",".join(sorted(names))
@@ -83,12 +88,16 @@ def check_settings(adapter: Adapter, fresh: LoraConfig, s) -> None:
 
 def tell_of_rows(adapter: Adapter, s) -> None:
     """A note where rows that are held out now may have taught the adapter before."""
-    name = data.identity(s.dataset)["name"]
-    rows = adapter.trained_on(name)
-    split = rows.get("seed") == s.seed and (rows.get("eval_samples") or 0) >= s.eval_samples
-    if rows.get("name") == name and not split:
-        held = f"--seed {rows.get('seed')} --eval-samples {rows.get('eval_samples')}"
-        note(f"note       {adapter.name} held out other rows of {name} ({held}): it may have seen these")
+    now = data.identity(s.dataset)
+    for rows in adapter.all_rows:
+        whole = (rows["name"], rows.get("seed")) == (now["name"], s.seed)
+        if whole and (rows.get("eval_samples") or 0) >= s.eval_samples:
+            continue
+        both = [o for o in data.parts_of(rows) if any(data.same_rows(o, part) for part in data.parts_of(now))]
+        if both:
+            held = f"--seed {rows.get('seed')} --eval-samples {rows.get('eval_samples')}"
+            what = f"{adapter.name} held out other rows of {both[0]['name']} ({held})"
+            note(f"note       {what}: it may have seen these")
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def starts_at_log_2(guards, model, halves: list[dict], autocast) -> None:
         loss = model(input_ids=ids, labels=labels, reference=reference).loss.item()
         log_p = log_p_of_rows(lm, ids, labels)
     gap = ((log_p - reference).abs() / reference.abs().clamp_min(1.0)).max().item()
-    limit = max(1e-3, 2 * torch.finfo(lm.dtype).eps)
+    limit = max(1e-3, 8 * torch.finfo(lm.dtype).eps)
     told = f"DPO's loss at step 0 is {loss:.5f} (log 2 is {math.log(2):.5f})"
     detail = f"{told}; log-probabilities are off the reference's by {gap:.2g} (allowed {limit:.2g})"
     guards.check("starts_at_log_2", gap <= limit, detail)
@@ -92,6 +92,10 @@ class PairScores(BeforeAfter):
         for half, log_p in zip(self.train, before["reference"]):
             half["reference"] = log_p
         return before
+
+    @property
+    def scored(self) -> int:
+        return len(self.examples) // 2
 
     def scorer(self, rows: int):
         """Of the first `rows` pairs while the run trains: DPO's loss, and how many are won."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from config import PRECISIONS
 from qlora import processes
-from qlora.cards import PEFT, front_matter, short
+from qlora.cards import PEFT, front_matter, short, short_all
 from qlora.cli import note
 from qlora.files import write_json, write_text
 from qlora.hardware import peak_memory_bytes
@@ -204,7 +204,7 @@ def markdown(report: dict) -> str:
     else:
         scores = accuracy_parts(evaluation) if "tuned" in evaluation else [perplexity_line(evaluation) + "."]
     scores += forgetting.markdown_parts(report["forgetting"])
-    title = f"# {short(report['base']['name'])} + LoRA on {short(report['settings']['dataset'])}"
+    title = f"# {short(report['base']['name'])} + LoRA on {short_all(report['settings']['dataset'])}"
     machine = f"Run {report['name']}: {env['device_name']}, {env['dtype']} ({env['why']}); {versions}."
     if grid := report["settings"].get("qat"):
         through = f"every merged weight W + s B A went through its grid (`--qat {grid}`)"
@@ -300,7 +300,7 @@ def draw_curves(path: Path, history: list[dict], report: dict) -> None:
     left.legend(frameon=False)
     right.plot(steps, [h.get("grad_norm", float("nan")) for h in history], color=COLOURS[3], linewidth=1)
     right.set(title="gradient norm before clipping", xlabel="step", ylabel="all LoRA matrices", yscale="log")
-    what = f"{short(report['base']['name'])} on {short(report['settings']['dataset'])}"
+    what = f"{short(report['base']['name'])} on {short_all(report['settings']['dataset'])}"
     figure.suptitle(f"{what}: {report['train']['steps']} steps", fontsize=10)
     save(figure, path)
 

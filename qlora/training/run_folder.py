@@ -23,7 +23,7 @@ from qlora.files import (
     write_record,
     write_text,
 )
-from qlora.settings_file import as_yaml
+from qlora.settings_file import NOT_WRITTEN, as_yaml
 
 SETTINGS, BEFORE, REPORT = "settings.json", "before.json", "report.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "qlora.json")
@@ -35,8 +35,7 @@ WRITTEN = (
     *("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"),
 )
 TRACKED = ("tensorboard", "trackio", "wandb")  # folders of its trackers, deleted by --overwrite as well
-NOT_KEPT = ("resume", "overwrite", "output_dir", "config", "test", "preview", "find_lr")
-NOT_KEPT += ("push_to_hub", "private")
+NOT_KEPT = (*NOT_WRITTEN, "output_dir")
 NOT_COMPARED = (*NOT_KEPT, "run_name", "report_to")  # labels: they may change on --resume
 EDITED = "give the settings as flags with --overwrite to start again"
 

@@ -59,7 +59,7 @@ def of_run(settings, comparison: BeforeAfter) -> HeldOut | None:
     """The first held-out rows, as --eval-steps and --early-stopping ask for them; None if they do not."""
     if settings.eval_steps is None:
         return None
-    rows = min(WATCHED_ROWS, len(comparison.held_out))
+    rows = min(WATCHED_ROWS, comparison.scored)
     return HeldOut(comparison.scorer(rows), rows, settings.early_stopping)
 
 

@@ -145,7 +145,7 @@ def test_an_adapter_of_a_mixture_is_scored_on_the_same_rows(tmp_path, capsys):
 def test_parts_with_a_test_split_of_their_own(tmp_path, monkeypatch):
     train = {"text": [f"review {i}" for i in range(40)], "label": ["bad", "good"] * 20}
     test = {"text": [f"review {i}" for i in range(100, 120)], "label": ["bad", "good"] * 10}
-    monkeypatch.setattr(d, "read_hub", lambda name: (train, test))
+    monkeypatch.setattr(d, "read_hub", lambda name, columns: (train, test))
     own = labelled(tmp_path, "own.jsonl", 90, 20)  # 10 of them are in the hub dataset's test split
     with pytest.raises(UsageError, match="somebody/x has a test split of its own, .*own.jsonl has none"):
         d.load_rows(("somebody/x", own))

@@ -36,7 +36,7 @@ UNDERSTOOD = [
         "--model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara --learning_rate 2.0e-4"
         " --num_train_epochs 1 --per_device_train_batch_size 2 --gradient_accumulation_steps 8"
         " --gradient_checkpointing True --logging_steps 25 --use_peft --lora_r 32 --lora_alpha 16",
-        {"model": "Qwen/Qwen2.5-0.5B", "dataset": "trl-lib/Capybara", "learning_rate": 2e-4, "epochs": 1}
+        {"model": "Qwen/Qwen2.5-0.5B", "dataset": ("trl-lib/Capybara",), "learning_rate": 2e-4, "epochs": 1}
         | {"batch_size": 2, "grad_accum": 8, "gradient_checkpointing": True, "lora_r": 32, "lora_alpha": 16},
     ),
     (
@@ -57,7 +57,7 @@ UNDERSTOOD = [
         "--model_name_or_path m --train_file my.csv --do_train --do_eval --overwrite_output_dir --seed 1"
         " --save_strategy steps --per_device_eval_batch_size 8 --lr_scheduler_type linear"
         " --weight_decay 0.0 --optim adamw_torch",
-        {"model": "m", "dataset": "my.csv", "overwrite": True, "seed": 1},
+        {"model": "m", "dataset": ("my.csv",), "overwrite": True, "seed": 1},
     ),
     (
         "Unsloth",
@@ -86,7 +86,7 @@ UNDERSTOOD = [
         "mlx-lm",
         TRAIN,
         "--model m --train --data rows.jsonl --iters 600 --batch-size 4 --fine-tune-type lora",
-        {"dataset": "rows.jsonl", "max_steps": 600, "batch_size": 4},
+        {"dataset": ("rows.jsonl",), "max_steps": 600, "batch_size": 4},
     ),
     ("mlx-lm", INFER, "--max-tokens 100 --temperature 0.7 Hello", {"max_new_tokens": 100, "prompt": "Hello"}),
     ("TRL", INFER, "--model_name_or_path m --load_in_4bit Hello", {"model": "m", "precision": "nf4"}),
