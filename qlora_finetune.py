@@ -38,7 +38,9 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
     trains = s.resume or s.overwrite or processes.count() > 1
     require(s.test + s.preview + s.find_lr < 2, "--test, --preview, --find-lr: one thing at a time")
     looks = "--test" if s.test else "--preview" if s.preview else "--find-lr" if s.find_lr else ""
-    require(not (looks and trains), f"{looks} keeps no run: one process, without --resume and --overwrite")
+    require(
+        not (looks and trains), f"{looks} writes nothing: in one process, without --resume and --overwrite"
+    )
     require(not (looks and s.push_to_hub), f"{looks} has nothing to push: leave --push-to-hub out")
     require(s.question is None or s.question.strip() != "", "--question is empty")
     preference = s.objective == "preference"

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from qlora.data import load_rows  # noqa: E402
+from qlora.splitting import evenly  # noqa: E402
 
 OUT = Path(__file__).parent / "results" / "preferences.json"
 BEGINNING, ENDING = 24, 40  # words of a prompt's review and of a reply

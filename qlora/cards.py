@@ -58,7 +58,10 @@ def front_matter(base: str, dataset: str = "", scores: dict | None = None, **abo
         best = scores.get("tuned_on_others") or scores["tuned"]  # not the rows that chose the step
     if scores and data:  # a table of results names a dataset of the hub
         facts["model_name"] = about.pop("model_name", f"{base or 'model'} + LoRA")
-        what = {"metric_name": f"accuracy on {best['rows']} held-out rows", "metric_type": "accuracy"}
+        what = {
+            "metric_name": f"accuracy on {best.get('rows', scores['rows'])} held-out rows",
+            "metric_type": "accuracy",
+        }
         value = round(best["accuracy"], 4)
         task = {"task_type": "text-classification", "dataset_type": data, "dataset_name": dataset}
         facts["eval_results"] = [EvalResult(**task, **what, metric_value=value)]

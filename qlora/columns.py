@@ -18,9 +18,9 @@ from qlora.text_files import encoding_of, json_rows, no_text, read_json, read_js
 
 # Columns of each format -> kind of rows, in the order in which they are looked for. data.to_row() reads them.
 FORMATS = {
+    ("text", "label"): "labels",
     ("prompt", "chosen", "rejected"): "pairs",  # before messages: some hub datasets have both
     ("chosen", "rejected"): "pairs",
-    ("text", "label"): "labels",
     ("messages",): "chat",
     ("conversations",): "chat",
     ("prompt", "completion"): "chat",
@@ -175,9 +175,6 @@ def usable(
 ) -> dict[str, list]:
     """The columns of the first of FORMATS that is there, and that has all those of `columns`."""
     source = sources(columns or ())
-    judged = {"prompt", "completion", "label"} <= set(names) and not source
-    ways = "keep those that are good, without the column label, or make pairs (prompt, chosen, rejected)"
-    require(not judged, f"--dataset {dataset}: single replies that are marked good or bad (label): {ways}")
     found = ", ".join(name if name.isidentifier() else repr(name) for name in names[:20])[:400]
     for target, name in source.items():
         no_such = f"--columns {target}={name}: {dataset} has no such column; it has {found}"
@@ -191,6 +188,9 @@ def usable(
             wanted += tuple(name for name in beside if name in there)
             twice = [name for name in wanted if names.count(source.get(name, name)) > 1]
             require(not twice, f"--dataset {dataset}: several columns are called {', '.join(twice)}")
+            judged = "completion" in wanted and "label" in there and not source and "text" not in there
+            ways = "keep the good ones, without the column label, or make pairs (prompt, chosen, rejected)"
+            require(not judged, f"--dataset {dataset}: replies that are marked good or bad (label): {ways}")
             return {name: column(source.get(name, name)) for name in wanted}
     known = ", or ".join("+".join(columns) for columns in FORMATS)
     other = next((mark for mark in ";\t|" if len(names) == 1 and mark in names[0]), None)

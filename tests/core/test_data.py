@@ -121,7 +121,7 @@ def test_a_hub_datasets_own_test_split_is_the_exam(monkeypatch):
     assert (
         [row.text for row in found.held_out] == ["great", "bad"]
         and len(found.rows) == 3
-        and found.duplicates_removed == 1
+        and found.duplicates_removed == 2
     )
     assert "its own test split" in found.origin and found.answers == ("Negative", "Positive")
     train_rows, held_out = d.split(found, 2, 2, seed=1)

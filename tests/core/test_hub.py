@@ -480,6 +480,7 @@ def test_a_card_names_the_repository_of_a_gguf_file():
         "precision": "bf16",
         "dtype": "bfloat16",
     }
-    card = model_card(base, "")
+    report = {"base": base, "settings": {"dataset": "imdb"}, "evaluation": {}}
+    card = model_card(report, "")
     assert "base_model: tests/files\n" in card
     assert f'"tests/files", dtype=torch.bfloat16, revision="{COMMIT}", gguf_file="q4.gguf")' in card

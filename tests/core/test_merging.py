@@ -31,7 +31,7 @@ def weakened(trained, tmp_path_factory):
 
 def merged(folder, dtype="auto"):
     adapter = read_adapter(folder)
-    model, base = load_trained(adapter)
+    model, base = load_trained(adapter, lane="fp32")
     return merging.merged_model("dequantized", adapter, base, dtype), model, base
 
 

@@ -280,7 +280,7 @@ def test_columns_have_other_names(tmp_path):
         (["text=body"], "--columns text=body: .* has no such column; it has review, stars"),
         (["review"], "--columns review: expected NAME=COLUMN"),
         (["text="], "--columns text=: expected NAME=COLUMN"),
-        (["words=review"], "words is not looked for, but text, label, messages"),
+        (["words=review"], "words is not looked for, but text, label, prompt"),
         (["text=review", "text=stars"], "--columns text=stars: text is named twice"),
         (["prompt=review"], "found the columns review, stars; expected one of"),
     ],
@@ -310,4 +310,4 @@ def test_evaluate_reads_the_file_as_training_did(tmp_path, tiny_folder):
     )
     assert done.returncode == 2 and "training read" in done.stderr and "leave it out" in done.stderr
     done = here("qlora_inference.py", "--adapter", out, "a text", "--columns", "text=review")
-    assert done.returncode == 2 and "--columns names columns of --dataset" in done.stderr
+    assert done.returncode == 2 and "--columns: with --evaluate" in done.stderr

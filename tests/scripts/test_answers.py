@@ -1,7 +1,6 @@
 """--answers: a file of prompts becomes a file of answers, which a killed run goes on with."""
 
 import csv
-import functools
 import io
 import json
 import shutil
@@ -24,9 +23,7 @@ TEXTS[4] = TEXTS[11] = ""
 @pytest.fixture(scope="module")
 def loaded(trained):
     """(model, base) of the run, with the products that it was trained with."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapters, "detect", functools.partial(adapters.detect, lane="fp32"))
-        return adapters.load_trained(adapters.read_adapter(trained))
+    return adapters.load_trained(adapters.read_adapter(trained), lane="fp32")
 
 
 @pytest.fixture(scope="module")

@@ -455,7 +455,7 @@ def test_a_template_that_refuses_the_roles(tokenizer):
     strict = copy.deepcopy(tokenizer)
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
     row = Row("x", messages=({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
-    with pytest.raises(UserError, match="refuses a training row .roles must alternate"):
+    with pytest.raises(UserError, match="the chat template refuses it .roles must alternate"):
         encode_rows(strict, PromptFormat("chat", 64), [row], "training")
 
 

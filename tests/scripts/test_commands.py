@@ -253,7 +253,7 @@ def chat(folder):
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
 def test_test_trains_nothing(flag, tmp_path):
     done = here("qlora_finetune.py", "--test", flag, "--output-dir", tmp_path)
-    assert done.returncode == 2 and "--test trains nothing" in done.stderr
+    assert done.returncode == 2 and "--test writes nothing" in done.stderr
 
 
 def test_test_without_a_run(tmp_path):

@@ -445,6 +445,8 @@ def test_accumulated_steps_equal_one_large_batch(tiny_folder, tmp_path):
         "6",
         "--precision",
         "fp32",
+        "--lane",
+        "fp32",
     )
     for name, more in (("one", ("--batch-size", "4")), ("two", ("--batch-size", "2", "--grad-accum", "2"))):
         done = here(SCRIPTS[1], *flags, "--output-dir", tmp_path / name, *more)

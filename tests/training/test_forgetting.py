@@ -1,6 +1,5 @@
 """What a run forgot: the loss on a pinned text and four general questions, before and after."""
 
-import functools
 import json
 
 import pytest
@@ -14,9 +13,7 @@ from qlora.training import forgetting
 @pytest.fixture(scope="module")
 def loaded(trained):
     """(model, base) of the run, with the products that it was trained with."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapters, "detect", functools.partial(adapters.detect, lane="fp32"))
-        return adapters.load_trained(adapters.read_adapter(trained))
+    return adapters.load_trained(adapters.read_adapter(trained), lane="fp32")
 
 
 @pytest.fixture(scope="module")

@@ -304,9 +304,9 @@ def test_an_adapter_that_does_not_fit_is_refused(trained, tiny_folder, pairs_fil
     assert "--lora-r 16, not 8" in other and "--target-modules down_proj,gate_proj" in other, other
     assert "add --lora-r 16 --lora-alpha 32" in other
     assert "says how a fresh adapter begins" in said("--lora-variant", "eva")
-    assert "error: --init-adapter" in said("--init-adapter", tmp_path) and "one folder" in said(
-        "--output-dir", trained, "--overwrite"
-    )
+    assert "error: --init-adapter" in said(
+        "--init-adapter", tmp_path / "none"
+    ) and "is in --output-dir" in said("--output-dir", trained, "--overwrite")
     copy = shutil.copytree(trained, tmp_path / "copy")
     notes = json.loads((copy / "qlora.json").read_text())
     notes["base"]["config_sha256"] = "0" * 64

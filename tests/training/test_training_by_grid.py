@@ -48,7 +48,7 @@ def loss_of(model) -> float:
 
 def test_the_quantized_merge_is_what_was_trained(run):
     adapter = read_adapter(run)
-    model, base = load_trained(adapter)
+    model, base = load_trained(adapter, lane="fp32")
     assert adapter.qat == "Q4_0" and len(qat.grid_layers(model)) == 14
     trained = loss_of(model)
     with qat.without_grid(model):
@@ -69,7 +69,7 @@ def test_reports_name_the_grid_and_peft_alone_loads_the_adapter(run, tiny_folder
     assert report["settings"]["qat"] == "Q4_0" and all(guard["passed"] for guard in report["guards"])
     assert "Trained for Q4_0: every merged weight" in (run / "README.md").read_text()
     assert json.loads((run / NOTES).read_text())["qat"] == "Q4_0"
-    model, base = load_trained(read_adapter(run))
+    model, base = load_trained(read_adapter(run), lane="fp32")
     with qat.without_grid(model):
         lora = model(IDS).logits
     peft = PeftModel.from_pretrained(load_base(str(tiny_folder), "nf4", base.hardware).model, run).eval()
@@ -100,12 +100,15 @@ def test_each_adapter_computes_by_its_own_grid_whatever_is_loaded_beside_it(run,
     def logits(*folders) -> dict:
         found.clear()
         flags = [flag for folder in folders for flag in ("--adapter", folder)]
-        done = here("qlora_inference.py", *flags, "--compare", "Why?")
+        done = here("qlora_inference.py", *flags, "--lane", "fp32", "--compare", "Why?")
         assert done.returncode == 0, done.stderr
         assert ("by_grid, through the grid of Q4_0" in done.stderr) == (run in folders)
         return dict(found)
 
-    right = {folder.name: load_trained(read_adapter(folder))[0](IDS).logits for folder in (run, trained)}
+    right = {
+        folder.name: load_trained(read_adapter(folder), lane="fp32")[0](IDS).logits
+        for folder in (run, trained)
+    }
     for folders in ((run,), (run, trained), (trained, run)):
         for name, given in logits(*folders).items():
             torch.testing.assert_close(given, right[name], rtol=1e-4, atol=1e-5)

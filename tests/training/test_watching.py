@@ -336,7 +336,7 @@ def test_wandb_without_a_login_is_told_how_to_stay_offline(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     "settings, name",
     [
-        ({"model": "smollm2-135m"}, "smollm2-135m-r16-lr5e-4"),
+        ({"model": "smollm2-135m", "learning_rate": 5e-4}, "smollm2-135m-r16-lr5e-4"),
         ({"model": "you/Tiny Model.v2", "learning_rate": 2.5e-5, "lora_r": 8}, "tiny-model.v2-r8-lr2.5e-5"),
         ({"model": "/models/x/", "learning_rate": 0.1}, "x-r16-lr1e-1"),
         ({"model": "models/Some.Q4_0.gguf", "learning_rate": 0.001}, "some.q4_0-r16-lr1e-3"),
