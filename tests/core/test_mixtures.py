@@ -193,3 +193,21 @@ def test_what_was_asked_for_is_never_changed(tmp_path, asked, message):
     found = d.load_rows(labelled(tmp_path, "few.jsonl", 0, 300))
     with pytest.raises(UsageError, match=message):
         d.split(found, *asked, seed=3)
+
+
+def test_no_part_trains_on_a_prompt_that_another_holds_out(tmp_path, capsys):
+    """Regression: prompts were compared inside a part only. And a run of that size is drawn again."""
+    for name, count in (("a", 60), ("b", 50)):
+        rows = [
+            {"prompt": f"Film {i % 20}?", "chosen": f"{name} fine {i}", "rejected": f"{name} dull {i}"}
+            for i in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    names = [f"{tmp_path}/a.jsonl:0.5", f"{tmp_path}/b.jsonl:0.5"]
+    found = d.load_rows(names)
+    train, held_out = d.split(found, None, None, 42)
+    assert train and held_out and not {row.asked for row in train} & {row.asked for row in held_out}
+    assert "pairs share a prompt with a held-out one" in capsys.readouterr().err
+    assert d.split(found, len(train), len(held_out), 42) == (train, held_out)
+    with pytest.raises(UsageError, match=f"{len(train)} pairs are left for training"):
+        d.split(found, len(train) + 1, len(held_out), 42)

@@ -278,6 +278,14 @@ def test_the_card_of_a_run_on_the_hubs_model_and_data():
     assert local.base_model is None and local.datasets is None and local.eval_results is None
 
 
+def test_rows_of_an_own_file_in_a_mixture_stay_at_home():
+    parts = [{"name": "imdb", "weight": 0.5}, {"name": "/srv/secret/a.csv", "sha256": "0", "weight": 0.5}]
+    mixture = {"qlora.json": {"dataset": {"name": "imdb:0.5 /srv/secret/a.csv:0.5", "parts": parts}}}
+    assert publishing.has_own_rows(mixture)
+    assert not publishing.has_own_rows({"qlora.json": {"dataset": {"name": "imdb"}}})
+    assert ("/srv/secret/a.csv", "a.csv") in publishing.hidden_words(mixture)
+
+
 def test_copies_for_others_hide_paths_and_rows_of_own_files_but_no_prompt(tmp_path):
     notes = {
         "prompt": {"system": "/no_think/a/b", "user": "{text}"},
@@ -285,7 +293,7 @@ def test_copies_for_others_hide_paths_and_rows_of_own_files_but_no_prompt(tmp_pa
         "dataset": {"name": "/srv/secret/rows of mine.csv", "sha256": "0"},
     }
     report = {
-        "settings": {"dataset": "('/srv/secret/a.csv', './b/c.csv')", "question": "/x/y/z"},
+        "settings": {"dataset": "/srv/secret/a.csv:0.5 ./b/c.csv:0.5", "question": "/x/y/z"},
         "evaluation": {"flips": {"examples": [{"kind": "fixed", "text": "my row"}]}},
     }
     for name, document in (("qlora.json", notes), ("report.json", report)):
@@ -303,6 +311,6 @@ def test_copies_for_others_hide_paths_and_rows_of_own_files_but_no_prompt(tmp_pa
     assert read["prompt"] == notes["prompt"] and read["base"] == {"name": "base", "public_name": "base"}
     assert read["dataset"]["name"] == "rows of mine.csv"
     settings = json.loads((public / "report.json").read_text())["settings"]
-    assert settings == {"dataset": "('a.csv', 'c.csv')", "question": "/x/y/z"}
+    assert settings == {"dataset": "a.csv:0.5 c.csv:0.5", "question": "/x/y/z"}
     assert (public / "README.md").read_text() == f"on rows of mine.csv\n  > {publishing.ROW}\n"
     assert "my row" not in "".join(path.read_text() for path in public.iterdir())

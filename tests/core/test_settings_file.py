@@ -36,6 +36,13 @@ def test_a_file_sets_and_flags_win(file):
     assert train(f"--config={path}", "--lora_rank=4").lora_r == 4
 
 
+def test_a_value_that_is_the_name_of_a_setting_is_no_flag(file):
+    """Regression: --output-dir packing switched `packing` of the file off."""
+    path = file("packing: true\n")
+    assert train("--config", path, "--output-dir", "packing").packing
+    assert not train("--config", path, "--no-packing").packing
+
+
 def test_a_list_is_replaced_by_the_flag_not_added_to(file):
     path = file("adapter: [a, b]\nprompt: Hello\n")
     read = [parse(InferSettings, ["--config", str(path), *more], None) for more in ([], ["--adapter", "c"])]

@@ -1,5 +1,6 @@
 """Preferences (DPO) from pairs, and runs that go on from a trained adapter."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -10,8 +11,10 @@ import torch
 from conftest import here
 from peft import LoraConfig, get_peft_model
 
+from config import TrainSettings
 from qlora import batches as b
 from qlora import data as d
+from qlora.adapters import read_adapter
 from qlora.fast import make_fast
 from qlora.hardware import detect
 from qlora.loading import load_base
@@ -288,6 +291,20 @@ def test_the_same_task_goes_on_from_an_adapter(trained, tmp_path):
     before, now = report(trained)["evaluation"], report(tmp_path / "run")["evaluation"]
     assert now["initial"] == {k: before["tuned"][k] for k in now["initial"]}  # where the other run ended
     assert now["base_zero_shot"] == before["base_zero_shot"]
+
+
+def test_what_the_first_adapter_learned_from_is_not_forgotten(trained, capsys):
+    """A second run's notes name the rows of the first one, and a split that differs is told."""
+    adapter = read_adapter(trained)
+    second = dataclasses.replace(
+        adapter, dataset={"name": "pairs.jsonl", "seed": 1}, others=(adapter.dataset,)
+    )
+    assert second.trained_on("imdb") == adapter.dataset and second.trained_on("pairs.jsonl")["seed"] == 1
+    s = TrainSettings(dataset=("imdb:0.5", "rotten_tomatoes:0.5"), eval_samples=8)
+    initial.tell_of_rows(second, s)
+    assert "held out other rows of imdb" in capsys.readouterr().err
+    initial.tell_of_rows(second, TrainSettings(eval_samples=8))
+    assert capsys.readouterr().err == ""
 
 
 def test_an_adapter_that_does_not_fit_is_refused(trained, tiny_folder, pairs_file, tmp_path):
