@@ -14,17 +14,10 @@ import shlex
 from collections.abc import Sequence
 from datetime import datetime
 
-from config import (
-    FIND_LR_ROWS,
-    LEARNING_RATE,
-    LORA_VARIANTS,
-    MAX_GRAD_NORM,
-    PREFERENCE_RATE,
-    TrainSettings,
-)
+from config import FIND_LR_ROWS, LORA_VARIANTS, MAX_GRAD_NORM, TrainSettings
 from qlora import processes, publishing
-from qlora.cli import UsageError, note, parse, require, run
-from qlora.training import trackers
+from qlora.cli import note, parse, require, run
+from qlora.training import flags, trackers
 from qlora.training.run_folder import open_run, saved_settings
 
 
@@ -34,31 +27,7 @@ def read_settings(argv: Sequence[str] | None) -> TrainSettings:
     s = parse(TrainSettings, argv, __doc__)
     if s.resume and (earlier := saved_settings(s.output_dir, TrainSettings)):
         s = parse(TrainSettings, argv, __doc__, default=earlier)
-    require(not (s.resume and s.overwrite), "--resume and --overwrite: choose one of them")
-    trains = s.resume or s.overwrite or processes.count() > 1
-    require(s.test + s.preview + s.find_lr < 2, "--test, --preview, --find-lr: one thing at a time")
-    looks = "--test" if s.test else "--preview" if s.preview else "--find-lr" if s.find_lr else ""
-    require(
-        not (looks and trains), f"{looks} writes nothing: in one process, without --resume and --overwrite"
-    )
-    require(not (looks and s.push_to_hub), f"{looks} has nothing to push: leave --push-to-hub out")
-    require(s.question is None or s.question.strip() != "", "--question is empty")
-    preference = s.objective == "preference"
-    require(preference or s.beta == TrainSettings.beta, "--beta is DPO's: add --objective preference")
-    require(not (preference and s.packing), "--packing puts texts end to end, not pairs: leave it out")
-    rate = s.learning_rate or (PREFERENCE_RATE if preference else LEARNING_RATE)
-    s = dataclasses.replace(s, learning_rate=rate)
-    trackers.check(s)
-    if s.find_lr:
-        require(not trackers.chosen(s), "--find-lr reports to nothing: leave --report-to out")
-        require(not preference, "--find-lr: not with --objective preference")
-    if s.qat:
-        alone = f"--qat {s.qat} rounds one merged weight a layer"
-        whole = s.lora_variant not in ("dora", "pissa", "olora")
-        require(whole, f"{alone}: not with --lora-variant {s.lora_variant}")
-        require(s.lora_dropout == 0, f"{alone}, which has no dropout in it: leave --lora-dropout out")
-        require(not processes.is_sharded(), f"{alone}: not with the base sharded (FSDP)")
-    return s
+    return flags.checked(s)
 
 
 def import_libraries() -> None:
@@ -66,7 +35,7 @@ def import_libraries() -> None:
     global BitsAndBytesConfig, LoraConfig, TrainingArguments, get_peft_model, set_seed, torch
     global adapters, batches, data, fast, files, guards, hardware, hub, loading, lora, packed, plan, prompts
     global example_packs, forgetting, initial, preferences, preview, qat, rates, report, scoring, shapes
-    global sharding, sources, splitting, variants, watching, BeforeAfter, QLoRATrainer
+    global sharding, sources, splitting, training_rows, variants, watching, BeforeAfter, QLoRATrainer
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig, TrainingArguments, set_seed
@@ -101,6 +70,7 @@ def import_libraries() -> None:
         rates,
         report,
         sharding,
+        training_rows,
         watching,
     )
     from qlora.training.before_after import BeforeAfter
@@ -116,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         import_libraries()
         settings = dataclasses.replace(settings, lane="fp32")  # no trial of lanes
         s, _ = choose_model(initial.with_its_base(settings, initial.read(settings)))
-        return preview.show(s, *choose_rows(s, False))
+        return preview.show(s, *training_rows.choose_rows(s, False))
     with open_run(settings) as run:
         publishing.check(settings)
         if run.has_nothing_to_do():
@@ -135,7 +105,7 @@ def train(run) -> None:
     revision = run.revision or initial.revision_of_base(s, old)
     variants.check_variant(s.lora_variant, s.precision)
     with processes.first_goes_first():  # the others find what it fetched
-        rows, held_out, found = choose_rows(s, run.older)
+        rows, held_out, found = training_rows.choose_rows(s, run.older)
         if processes.count() > 1:
             sources.locate(s.model, revision)
     if s.find_lr:
@@ -279,31 +249,6 @@ def choose_model(s: TrainSettings):
         model, why = hub.or_ungated(*plan.default_model(machine, plan.training_job(s, machine)))
     note(f"model      {model} ({why}), {precision}")
     return dataclasses.replace(s, model=model, lane=machine.lane or s.lane), machine
-
-
-def choose_rows(s: TrainSettings, older_run: bool):
-    """(training rows, held-out rows, the dataset); UsageError where the objective does not fit the rows."""
-    found, name = data.load_rows(s.dataset, s.columns), f"--dataset {' '.join(s.dataset)}"
-    if older_run:  # its prompt stays what it was
-        found.answers = data.earlier_answers(found)
-    kind, lm = found.kind, s.objective == "lm"
-    preference, none = s.objective == "preference", "no columns chosen and rejected (and prompt)"
-    require(
-        kind != "pairs" or preference, f"{name} holds pairs (chosen, rejected): add --objective preference"
-    )
-    require(kind == "pairs" or not preference, f"--objective preference learns from pairs: {name} has {none}")
-    require(kind != "text" or lm, f"{name} has text but no labels: add --objective lm")
-    require(kind != "chat" or not lm, f"{name} holds conversations: train on them without --objective lm")
-    require(s.question is None or kind == "labels" and not lm, "--question is asked of labelled rows only")
-    rows, held_out = data.split(found, s.samples, s.eval_samples, s.seed)
-    if kind == "labels" and not lm and len({row.label for row in rows}) < 2:
-        labels, lower = len(found.answers), "the others are all held out: lower --eval-samples"
-        more = f"{'choose' if s.samples else 'there have to be'} at least {labels}"
-        fix = more if len(rows) < labels else lower
-        raise UsageError(f"--samples {len(rows)}: the rows drawn have one label only; {fix}")
-    different = f"{len(found.rows)} different rows ({found.duplicates_removed} duplicates removed)"
-    note(f"data       {found.origin}: {different}, {len(rows)} to train, {len(held_out)} held out")
-    return rows, held_out, found
 
 
 def training_arguments(s: TrainSettings, machine):

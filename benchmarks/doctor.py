@@ -29,7 +29,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import config  # noqa: F401
-from doctor import ask_endpoint, ask_transformers, judge, read_asked
+from doctor import judge
+from doctor_questions import ask_endpoint, ask_transformers, read_asked
 from gguf_export import convert
 from llama_server import Server
 from openai_api import Endpoint

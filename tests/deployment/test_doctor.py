@@ -20,8 +20,9 @@ from qlora.files import SEAL
 sys.path.insert(0, str(ROOT / "llama.cpp"))
 import gguf_export
 import parity
-from doctor import AS_TRAINED, Asked, Reference, Served, judge, label_of, seen
+from doctor import judge, label_of, seen
 from doctor import listed as listed_values
+from doctor_questions import AS_TRAINED, Asked, Reference, Served
 from llama_server import Server
 from openai_api import Endpoint, Reply
 from settings import BIN
@@ -258,6 +259,10 @@ def test_a_real_server_healthy_and_with_faults(files, capsys, tmp_path):
     assert healthy["fault"] is None and healthy["server"] == "llama-server", healthy
     assert healthy["prompts"] == {"told": 8, "counted": 8, "differ": 0} and healthy["base"]["kl"] < 0.01
     assert "healthy" in capsys.readouterr().out and (files["out"] / "doctor.md").exists()
+    plain = shutil.copytree(files["adapter"], tmp_path / "plain")  # of another tool: no notes, no labels
+    (plain / "qlora.json").unlink()
+    found = examine(files | {"adapter": plain}, loras=pair)
+    assert found["fault"] is None and found["questions"] == 8 and found["form"].startswith("over the base in")
     assert "not applied" in examine(files)["fault"]
     assert "acts like 0.5 times" in examine(files, "--lora-scaled", f"{lora}:0.5")["fault"]
     template = read_adapter(files["adapter"]).folder / "chat_template.jinja"
