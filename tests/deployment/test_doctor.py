@@ -262,7 +262,10 @@ def test_a_real_server_healthy_and_with_faults(files, capsys, tmp_path):
     plain = shutil.copytree(files["adapter"], tmp_path / "plain")  # of another tool: no notes, no labels
     (plain / "qlora.json").unlink()
     found = examine(files | {"adapter": plain}, loras=pair)
-    assert found["fault"] is None and found["questions"] == 8 and found["form"].startswith("over the base in")
+    assert found["questions"] == 8 and found["form"].startswith("over the base in") and found["drift"] < 0.1
+    assert (
+        "can't be judged" in found["fault"]
+    )  # an adapter for reviews changes little of what is asked freely
     assert "not applied" in examine(files)["fault"]
     assert "acts like 0.5 times" in examine(files, "--lora-scaled", f"{lora}:0.5")["fault"]
     template = read_adapter(files["adapter"]).folder / "chat_template.jinja"
