@@ -12,6 +12,8 @@ def score_run(s: TrainSettings) -> None:
     other = "python qlora_inference.py --evaluate --dataset … scores it on others"
     require(usual, f"--test scores the rows that its training held out, on its own base; {other}")
     require(s.output_dir.is_dir(), f"--test: no folder {s.output_dir}; --output-dir names a trained adapter")
+    there = (s.output_dir / adapters.CONFIG).is_file()
+    require(there, f"--test: no adapter in {s.output_dir}; if its run was stopped: --resume")
     adapter = adapters.read_adapter(s.output_dir)
     model, base = adapters.load_trained(adapter, s.device, s.lane)
     hardware.show(base.hardware)

@@ -162,7 +162,8 @@ def show_result(report: dict) -> None:
     flips = evaluation["flips"]
     print(f"the same {evaluation['rows']} held-out rows, before and after")
     print(table(HEADERS, accuracy_rows(evaluation)))
-    print(f"  {flips['fixed']} rows fixed, {flips['broken']} broken; for example")
+    shown = "; for example" if flips["examples"] else ""
+    print(f"  {flips['fixed']} rows fixed, {flips['broken']} broken{shown}")
     for each in flips["examples"]:
         change = f"{each['before']} -> {each['after']} (truth {each['truth']})"
         print(f"  {each['kind']}: {change}: … {each['text'][-160:]}")
