@@ -20,9 +20,10 @@ run: .venv/installed  ## set up, fine-tune on IMDB (goes on where it stopped; do
 test: .venv/tested  ## set up, run the tests (offline but for the package index)
 	$(BIN)/python -m pytest
 
-figures: .venv/installed  ## fill the measured numbers into README, docs and the notebook from benchmarks/results
+figures: .venv/tested  ## fill the measured numbers into README, docs and the notebook from benchmarks/results
 	$(BIN)/python benchmarks/figures.py
 	$(BIN)/python notebooks/make_notebook.py
+	$(BIN)/python notebooks/make_lessons.py
 
 # One after the other: they want the machine to themselves. Parity needs llama.cpp/build.sh to have run.
 results: .venv/installed  ## measure again (several hours; all but the longer run and its transfer), then fill it in

@@ -6,8 +6,8 @@
 No measured number is typed. It stands between comments that GitHub does not show:
 
     <!--fig FILE KEY FORMAT-->90.2%<!--/fig-->     one value
-    <!--block FILE                                 lines of a file, each once, in the code block that follows:
-    REGEX                                          those that match one of these (without any: all),
+    <!--block FILE                                 lines of a file in the code block that follows: all, or
+    REGEX                                          each once those that match one of these (without any: all),
     -REGEX                                         and none of these
     -->
     <!--table FILE KEY                             a row for each item that KEY leads to
@@ -38,6 +38,8 @@ PAGES = (
     "models/README.md",
     "benchmarks/recipe.md",
     "docs/*.md",
+    "docs/lessons/*.md",
+    "docs/slides/*.md",
     "SECURITY.md",
 )
 WIDEST = 110  # longer lines of a block are cut
@@ -53,7 +55,7 @@ def block(file: str, patterns: str) -> str:
     kept, dropped = [p for p in listed if p[0] != "-"], [p[1:] for p in listed if p[0] == "-"]
     for pattern in kept:
         match_in(text, pattern)  # one that matches nothing is a mistake
-    lines = dict.fromkeys(text.splitlines())
+    lines = dict.fromkeys(text.splitlines()) if listed else text.splitlines()
     lines = [line for line in lines if not kept or any(re.search(p, line) for p in kept)]
     lines = [line for line in lines if not any(re.search(p, line) for p in dropped)]
     return "".join(f"{line if len(line) <= WIDEST else line[: WIDEST - 2] + ' …'}\n" for line in lines)

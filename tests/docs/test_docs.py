@@ -20,6 +20,7 @@ import config
 from qlora.cli import parse
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "docs").glob("lessons/*.md"))
 TEXTS = {page.relative_to(ROOT): page.read_text() for page in PAGES}
 deployment = load(ROOT / "llama.cpp" / "settings.py")
 SETTINGS = {

@@ -1,0 +1,76 @@
+"""Runs the lessons of docs/lessons as notebooks, and keeps what their cells printed and drew.
+
+    python benchmarks/lessons.py             # all; writes results/lessons, which the lessons show
+    python benchmarks/lessons.py 3 5         # some of them
+    python benchmarks/lessons.py --out DIR   # writes elsewhere, with the notebooks as they ran; CI does this
+
+Cell NAME of lesson 3 writes 3.NAME.txt (what it printed; progress and notes on stderr are left out) and
+3.NAME.png (what it drew). seconds.json has each lesson's seconds. Needs requirements-dev.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "lessons"
+sys.path.insert(0, str(ROOT / "notebooks"))
+
+from make_lessons import notebook, pages  # noqa: E402
+
+
+def printed(cell: nbformat.NotebookNode) -> str:
+    """What a cell wrote to stdout, and the value of its last line if it has one."""
+    parts = [o.text for o in cell.outputs if o.output_type == "stream" and o.name == "stdout"]
+    parts += [o.data["text/plain"] + "\n" for o in cell.outputs if o.output_type == "execute_result"]
+    return "".join(parts)
+
+
+def keep(cells: list[nbformat.NotebookNode], number: str, folder: Path) -> None:
+    for cell in cells:
+        if text := printed(cell):
+            folder.joinpath(f"{number}.{cell.id}.txt").write_text(text)
+        for output in cell.outputs:
+            if picture := output.get("data", {}).get("image/png"):
+                folder.joinpath(f"{number}.{cell.id}.png").write_bytes(base64.b64decode(picture))
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("lesson", nargs="*", help="numbers of lessons; none: all of them")
+    flags.add_argument("--out", type=Path, help="write here, and keep the notebooks with their outputs")
+    given = flags.parse_args(argv)
+    chosen = {page.name.split("-")[0]: page for page in pages()}
+    if unknown := set(given.lesson) - set(chosen):
+        flags.error(f"no lesson {', '.join(sorted(unknown))}: there are {', '.join(chosen)}")
+    folder = given.out or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    took_file = folder / "seconds.json"
+    took = json.loads(took_file.read_text()) if took_file.exists() else {}
+    for number in given.lesson or chosen:
+        made, began = notebook(chosen[number]), time.perf_counter()
+        try:
+            NotebookClient(made, timeout=1800, kernel_name="python3").execute(cwd=str(ROOT))
+        except CellExecutionError as error:
+            print(f"lesson {number}:\n{error}", file=sys.stderr)
+            return 1
+        took[number] = round(time.perf_counter() - began, 1)
+        print(f"lesson {number}: {took[number]:.0f} s", flush=True)
+        keep([cell for cell in made.cells if cell.cell_type == "code"], number, folder)
+        if given.out:
+            nbformat.write(made, folder / f"{chosen[number].stem}.ipynb")
+        took_file.write_text(json.dumps(dict(sorted(took.items())), indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
