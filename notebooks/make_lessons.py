@@ -3,8 +3,8 @@
     python notebooks/make_lessons.py            # write them (make figures does it too)
     python notebooks/make_lessons.py --check    # change nothing; exit 1 if a file is not what this makes
 
-A lesson's Markdown is the only source. A code block after the line <!--cell NAME--> becomes a cell: `python` as
-it is, `sh` as a bash cell. Everything else becomes text, without the outputs and pictures that
+A lesson's Markdown is the only source. A code block after the line <!--cell NAME--> becomes a cell: `python`
+as it is, `sh` as a bash cell. Everything else becomes text, without the outputs and pictures that
 `python benchmarks/lessons.py` wrote into the page: a notebook makes its own.
 """
 

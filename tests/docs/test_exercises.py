@@ -40,7 +40,7 @@ MISTAKES = [
 
 
 def test_every_lesson_has_three_exercises_and_a_wrong_answer_to_each():
-    assert LESSONS == [f"lesson{n}" for n in range(1, 9)]
+    assert [f"lesson{n}" for n in range(1, 9)] == LESSONS
     for lesson in LESSONS:
         assert {name.split("_")[2] for name in tests_of(lesson)} == {"1", "2", "3"}, lesson
         assert {name[1] for of, name in MISTAKES if of == lesson} == {"1", "2", "3"}, lesson
