@@ -1,6 +1,6 @@
 """Tests of the exercises.
 
-pytest docs/exercises -k lesson3                                   # your answers, in docs/exercises/lesson3.py
+    pytest docs/exercises -k lesson3    # your answers: docs/exercises/lesson3.py
 pytest docs/exercises -k lesson3 --answers docs/exercises/solutions
 """
 
