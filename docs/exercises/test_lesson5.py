@@ -111,8 +111,8 @@ def peaks() -> list[dict]:
 def test_lesson5_3_the_plan_of_the_bundled_model(lesson):
     found, parts = lesson.trained_bytes(LAYER * 30, rank=16), peaks()[0]
     assert found["adapters"] == parts["adapters"], f"the plan counts {parts['adapters']:,} bytes of A and B"
-    # torch's AdamW also keeps a step counter for each matrix
-    assert abs(found["optimizer"] - parts["optimizer"]) < 5000, "not what torch's AdamW holds"
+    # torch's AdamW also keeps a step counter for each matrix, in a block of 512 bytes on a GPU
+    assert abs(found["optimizer"] / parts["optimizer"] - 1) < 0.01, "not what torch's AdamW holds"
 
 
 def test_lesson5_3_rows_that_fit(lesson):
