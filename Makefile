@@ -62,7 +62,9 @@ results: .venv/installed  ## measure again (several hours; all but the longer ru
 	cp qlora-out/report.json $(RESULTS)/default_run.json
 	$(BIN)/python quant_llama32_4bit_lora.py --ledger --adapter qlora-out --output-dir quant-out \
 	  >$(RESULTS)/lab/adapter_ledger.txt 2>&1
-	$(BIN)/python qlora_inference.py --evaluate --shots 0 4 16 32 --eval-samples 200 >$(RESULTS)/shots.txt
+	$(BIN)/python qlora_inference.py --evaluate --shots 0 4 16 32 --eval-samples 100 >$(RESULTS)/shots.txt
+	$(BIN)/python qlora_finetune.py --find-lr >$(RESULTS)/find_lr.txt
+	$(BIN)/python qlora_finetune.py --preview --samples 400 >$(RESULTS)/preview.txt
 	$(BIN)/python llama.cpp/parity.py --imatrix --eval-samples 200
 	cp gguf-out/parity.json gguf-out/parity.md gguf-out/parity.png $(RESULTS)/parity/nf4/
 	$(BIN)/python benchmarks/verdicts.py
