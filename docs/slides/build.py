@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 HERE = Path(__file__).resolve().parent
 MARP = HERE / "node_modules" / ".bin" / "marp"
@@ -38,17 +39,22 @@ def pictures(text: str) -> list[Path]:
     return [HERE / name for name in dict.fromkeys(path for _, path, _ in re.findall(PICTURE, text))]
 
 
-def with_full_paths(text: str) -> str:
-    """The slides as they can lie in any folder."""
-    return re.sub(PICTURE, lambda m: f"{m[1]}{(HERE / m[2]).resolve().as_uri()}{m[3]}", text)
+def address(picture: Path, folder: Path) -> str:
+    """Where a picture lies, seen from `folder`; Marp takes no file:// addresses."""
+    return quote(Path(os.path.relpath(picture, folder)).as_posix())
 
 
-def inlined(page: str, files: list[Path]) -> str:
-    """The HTML with its pictures inside: `src="file:///…/a.svg"` becomes `src="data:image/svg+xml;…"`."""
+def moved(text: str, folder: Path) -> str:
+    """The slides as they can lie in `folder`."""
+    return re.sub(PICTURE, lambda m: f"{m[1]}{address(HERE / m[2], folder)}{m[3]}", text)
+
+
+def inlined(page: str, files: list[Path], folder: Path) -> str:
+    """The HTML with its pictures inside: `src="../a.svg"` becomes `src="data:image/svg+xml;…"`."""
     for file in files:
         kind = mimetypes.guess_type(file.name)[0]
         data = base64.b64encode(file.read_bytes()).decode()
-        page = page.replace(file.resolve().as_uri(), f"data:{kind};base64,{data}")
+        page = page.replace(f'"{address(file, folder)}"', f'"data:{kind};base64,{data}"')
     return page
 
 
@@ -91,9 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = (HERE / "course.md").read_text()
     source, page = folder / "course.md", folder / "course.html"
-    source.write_text(with_full_paths(stripped(text)))
+    source.write_text(moved(stripped(text), folder))
     marp(source, page)
-    page.write_text(inlined(page.read_text(), pictures(text)))
+    page.write_text(inlined(page.read_text(), pictures(text), folder))
     print(page)
     if chromium := browser():
         pdf = folder / "course.pdf"
