@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 
 import pytest
@@ -159,3 +160,40 @@ def test_the_html_has_all_slides_notes_and_pictures_and_asks_for_nothing(tmp_pat
     )
     assert fetched == []
     assert page.count('src="data:image/svg+xml;base64,') == len(list((HERE / "pictures").iterdir()))
+
+
+# Boxes that reach into the footer or beyond an edge, of every slide; footers and page numbers are no boxes.
+MEASURE = """<pre id="over"></pre><script>
+const over = [];
+document.querySelectorAll("section").forEach((section, i) => {
+  const tell = (box, what) => over.push(`slide ${i + 1}: ${box.tagName} ${what}`);
+  for (const box of section.querySelectorAll(":scope > *:not(footer), pre, img, td, .bars b, .bars span")) {
+    if (box.offsetParent !== section) continue;
+    if (box.offsetTop + box.offsetHeight > 662) tell(box, "too low");
+    if (box.offsetLeft + box.offsetWidth > 1222) tell(box, "too wide");
+    if (box.scrollWidth > box.clientWidth + 1 && box.clientWidth) tell(box, "cut");
+  }
+});
+document.getElementById("over").textContent = over.join("\\n") || "all fits";
+</script>"""
+
+
+@pytest.mark.slow
+def test_everything_fits_on_its_slide(tmp_path):
+    if not (build.MARP.exists() and build.browser()):
+        pytest.skip("needs marp-cli (make slides) and Chromium")
+    source, page = tmp_path / "course.md", tmp_path / "course.html"
+    source.write_text(build.moved(build.stripped(TEXT), tmp_path))
+    build.marp(source, page, "--template", "bare")
+    page.write_text(page.read_text() + MEASURE)
+    command = [
+        build.browser(),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--allow-file-access-from-files",
+    ]
+    found = subprocess.run(
+        [*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert re.search(r'<pre id="over">(.*?)</pre>', found.stdout, re.S)[1] == "all fits"
