@@ -8,7 +8,7 @@ RESULTS := benchmarks/results
 override REVIEW := $(value REVIEW)
 export REVIEW
 
-.PHONY: run test figures results slides help setup clean
+.PHONY: run test figures course results slides help setup clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -24,6 +24,13 @@ figures: .venv/tested  ## fill the measured numbers into README, docs and the no
 	$(BIN)/python benchmarks/figures.py
 	$(BIN)/python notebooks/make_notebook.py
 	$(BIN)/python notebooks/make_lessons.py
+
+course: .venv/tested  ## all of the course from nothing: run the lessons, build the slides, check the claims
+	$(BIN)/python benchmarks/figures.py --check
+	$(BIN)/python notebooks/make_lessons.py --check
+	$(BIN)/python benchmarks/lessons.py --out course-run
+	$(BIN)/python docs/slides/build.py
+	$(BIN)/python benchmarks/claims.py
 
 # One after the other: they want the machine to themselves. Parity needs llama.cpp/build.sh to have run.
 results: .venv/installed  ## measure again (several hours; all but the longer run and its transfer), then fill it in
