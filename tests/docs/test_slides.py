@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 
@@ -12,6 +13,9 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from flag_tables import load
+from test_docs import SETTINGS, code
+
+from qlora.cli import parse
 
 HERE = ROOT / "docs" / "slides"
 build = load(HERE / "build.py")
@@ -79,6 +83,15 @@ def test_every_lesson_asks_the_class_and_shows_a_command():
         assert re.search(r"^> [^\n]*\?$", lesson, re.M), f"lesson {number} asks nothing"
         assert f"pytest docs/exercises -k lesson{number}" in lesson
         assert re.search(r"^```sh\n", lesson, re.M)
+
+
+def test_commands_of_the_scripts_parse(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = [re.sub(r"^python ", "", line) for line in code(TEXT)]
+    ours = [shlex.split(line) for line in lines if line.split(" ")[0] in SETTINGS]
+    assert {program for program, *_ in ours} == set(SETTINGS)
+    for program, *flags in ours:
+        parse(SETTINGS[program], flags, None)
 
 
 def typed_numbers(text: str) -> list[str]:
