@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import fcntl
 import mimetypes
 import os
 import re
@@ -66,11 +67,14 @@ def install() -> None:
                 f"error: {program} is not on PATH: the slides need Node.js 18 or newer (apt install npm)"
             )
     pinned, installed = HERE / "package-lock.json", HERE / "node_modules" / "installed-lock.json"
-    if installed.exists() and installed.read_bytes() == pinned.read_bytes():
-        return
-    if subprocess.run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"], cwd=HERE).returncode:
-        sys.exit("error: `npm ci` failed (above): is a registry reachable? It is needed this once")
-    shutil.copy(pinned, installed)
+    command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries=1"]
+    with pinned.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two tests, or two builds, at once
+        if installed.exists() and installed.read_bytes() == pinned.read_bytes():
+            return
+        if subprocess.run(command, cwd=HERE, stdout=sys.stderr).returncode:
+            sys.exit("error: `npm ci` failed (above): is a registry reachable? It is needed this once")
+        shutil.copy(pinned, installed)
 
 
 def browser() -> str | None:

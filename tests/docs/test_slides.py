@@ -155,12 +155,17 @@ def test_packages_come_from_the_public_registry_with_hashes():
     assert len(re.findall(r'"integrity": "sha512-', lock)) == len(places)
 
 
-@pytest.mark.slow
-def test_the_html_has_all_slides_notes_and_pictures_and_asks_for_nothing(tmp_path, monkeypatch, capfd):
+@pytest.fixture
+def marp():
+    """marp-cli as it is pinned; fetched once, which is all that needs a network."""
     try:
         build.install()
     except SystemExit as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.slow
+def test_the_html_has_all_slides_notes_and_pictures_and_asks_for_nothing(marp, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(build, "browser", lambda: None)
     build.main(["--out", str(tmp_path)])
     assert "no PDF" in capfd.readouterr().err
@@ -192,9 +197,9 @@ document.getElementById("over").textContent = over.join("\\n") || "all fits";
 
 
 @pytest.mark.slow
-def test_everything_fits_on_its_slide(tmp_path):
-    if not (build.MARP.exists() and build.browser()):
-        pytest.skip("needs marp-cli (make slides) and Chromium")
+def test_everything_fits_on_its_slide(marp, tmp_path):
+    if not build.browser():
+        pytest.skip("needs Chromium")
     source, page = tmp_path / "course.md", tmp_path / "course.html"
     source.write_text(build.moved(build.stripped(TEXT), tmp_path))
     build.marp(source, page, "--template", "bare")
