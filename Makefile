@@ -8,7 +8,7 @@ RESULTS := benchmarks/results
 override REVIEW := $(value REVIEW)
 export REVIEW
 
-.PHONY: run test figures course results help setup clean
+.PHONY: run test figures course results slides help setup clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -74,6 +74,9 @@ results: .venv/installed  ## measure again (several hours; all but the longer ru
 	$(BIN)/python llama.cpp/parity.py --adapter q4-run --types Q8_0 --output-dir gguf-q4
 	cp gguf-q4/parity.json gguf-q4/parity.md gguf-q4/parity.png $(RESULTS)/parity/q4_1/
 	$(MAKE) figures
+
+slides:  ## the course as slides: HTML and, with Chromium, PDF in docs/slides/build (needs Node.js)
+	$(PYTHON) docs/slides/build.py
 
 setup: .venv/installed  ## only make .venv and install requirements.txt into it
 
