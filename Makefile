@@ -4,6 +4,7 @@ REVIEW ?= The plot is thin, but the actors are wonderful and I left the cinema w
 OUT ?= qlora-out
 BIN := .venv/bin
 RESULTS := benchmarks/results
+SLIDES := $(BIN)/python docs/slides/build.py
 # As it was typed: quotes, dollars and backticks are the review's, not make's or the shell's.
 override REVIEW := $(value REVIEW)
 export REVIEW
@@ -29,7 +30,7 @@ course: .venv/tested  ## all of the course from nothing: run the lessons, build 
 	$(BIN)/python benchmarks/figures.py --check
 	$(BIN)/python notebooks/make_lessons.py --check
 	$(BIN)/python benchmarks/lessons.py --out course-run
-	$(BIN)/python docs/slides/build.py
+	$(SLIDES)
 	$(BIN)/python benchmarks/claims.py
 
 # One after the other: they want the machine to themselves. Parity needs llama.cpp/build.sh to have run.
