@@ -1,4 +1,4 @@
-"""docs/claims.md and benchmarks/claims.py: each wrong claim has a row, a real command, and a truth that holds."""
+"""docs/claims.md and claims.py: each wrong claim has a row, a real command, and a truth that holds."""
 
 from __future__ import annotations
 
