@@ -7,7 +7,7 @@ BIN := .venv/bin
 override REVIEW := $(value REVIEW)
 export REVIEW
 
-.PHONY: run test figures results help setup clean
+.PHONY: run test figures course results help setup clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -23,6 +23,13 @@ figures: .venv/tested  ## fill the measured numbers into README, docs and the no
 	$(BIN)/python benchmarks/figures.py
 	$(BIN)/python notebooks/make_notebook.py
 	$(BIN)/python notebooks/make_lessons.py
+
+course: .venv/tested  ## all of the course from nothing: run the lessons, build the slides, check the claims
+	$(BIN)/python benchmarks/figures.py --check
+	$(BIN)/python notebooks/make_lessons.py --check
+	$(BIN)/python benchmarks/lessons.py --out course-run
+	$(BIN)/python docs/slides/build.py
+	$(BIN)/python benchmarks/claims.py
 
 # benchmarks/results.toml has what runs, in which order. `make`, not its variable: a line that has that one is
 # run by `make -n`, too, and this one takes hours.

@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 import tempfile
 from importlib.metadata import entry_points, version
+from unittest.mock import patch
 
 import bitsandbytes as bnb
 import gguf
 import psutil
 import torch
 from scipy.stats import norm
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from config import BUNDLED, MODELS_DIR
@@ -67,40 +67,22 @@ def defaults_of_four_bits() -> Truth:
     return Truth(same and flag != "accepted", text)
 
 
-class Products(TorchDispatchMode):
-    """Writes down the dtypes of matrix products."""
-
-    def __init__(self):
-        super().__init__()
-        self.dtypes: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm):
-            self.dtypes.append(name_of(out.dtype))
-        return out
-
-
 def two_dtypes_in_one_run() -> Truth:
     """fp16 for the Trainer's autocast, bf16 for bitsandbytes: tensors change their format at every layer."""
     frozen = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").to("cpu")
-    lora, x, found = torch.nn.Linear(64, 8, bias=False), torch.randn(4, 64), []
-    frozen.support_avx512bf16_for_cpu = False  # no packed kernel
-    seen = []
-    kept = bnb.matmul_4bit
-    try:
-        bnb.matmul_4bit = lambda a, *rest, **named: seen.append(name_of(a.dtype)) or kept(a, *rest, **named)
-        with torch.autocast("cpu", dtype=torch.float16), Products() as products:
-            out = frozen(x)
-            found += products.dtypes
-            products.dtypes.clear()
-            lora(x)
-            found += products.dtypes
-    finally:
-        bnb.matmul_4bit = kept
-    text = f"under fp16 autocast the 4-bit layer turns its input into {seen[0]} and gives back "
-    text += f"{name_of(out.dtype)}; LoRA beside it multiplies in {found[-1]}"
-    return Truth((seen[0], found[-1]) == ("bfloat16", "float16"), text)
+    frozen.support_avx512bf16_for_cpu = False  # its weights stay as they are
+    lora, x = torch.nn.Linear(64, 8, bias=False), torch.randn(4, 64)
+    with (
+        torch.autocast("cpu", dtype=torch.float16),
+        patch.object(bnb, "matmul_4bit", wraps=bnb.matmul_4bit) as product,
+    ):
+        out, low = frozen(x), lora(x)
+    inside, beside = product.call_args.args[0].dtype, low.dtype
+    text = (
+        f"under fp16 autocast the 4-bit layer turns its {name_of(x.dtype)} input into {name_of(inside)} and "
+    )
+    text += f"gives back {name_of(out.dtype)}; LoRA beside it multiplies in {name_of(beside)}"
+    return Truth((inside, beside) == (torch.bfloat16, torch.float16), text)
 
 
 def memory_comes_back() -> Truth:
@@ -146,10 +128,10 @@ def gguf_is_a_container() -> Truth:
 
 def levels_of_nf4() -> Truth:
     """Quantiles of the normal distribution, as bitsandbytes has them."""
-    tail = 0.9677083  # between 1 - 1/30 and 1 - 1/32, as in the paper's code
-    low = [norm.ppf(1 - tail + i * (tail - 0.5) / 8) for i in range(8)]
-    high = [-norm.ppf(1 - tail + i * (tail - 0.5) / 7) for i in range(7)]
-    levels = torch.tensor(sorted([*low, 0.0, *high])) / high[0]
+    tail = 1 - (1 / 30 + 1 / 32) / 2  # the outermost quantile, as in the paper's code
+    below = [norm.ppf(1 - tail + i * (tail - 0.5) / 7) for i in range(7)]
+    above = [norm.ppf(tail - i * (tail - 0.5) / 8) for i in range(8)]
+    levels = torch.tensor(sorted([*below, 0.0, *above])) / above[0]
     table = bnb.functional.get_4bit_type("nf4", device="cpu")
     error = (levels - table).abs().max().item()
     steps = table.diff()

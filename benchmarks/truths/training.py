@@ -21,7 +21,7 @@ def labels_that_are_input_ids() -> Truth:
     found = load_rows("imdb")
     rows = split(found, 16, 8, seed=42)[0]
     prompt = choose_format("sentiment", found.kind, SENTIMENT_ANSWERS, 256)
-    batch = collate(encode_rows(tokenizer, prompt, rows), tokenizer.pad_token_id)
+    batch = collate(encode_rows(tokenizer, prompt, rows, "training"), tokenizer.pad_token_id)
     answers, positions = (batch["labels"] != IGNORE).sum().item(), batch["input_ids"].numel()
     padding = positions - batch["real_tokens"]
     ends = (batch["labels"] == tokenizer.pad_token_id).sum().item()
