@@ -32,6 +32,11 @@ def recorded(pattern: str) -> tuple[dict | list, str]:
     return json.loads(paths[0].read_text()), str(paths[0].relative_to(RESULTS))
 
 
+def small(error: float) -> str:
+    """2.7e-07 -> '3e-07', 0.0 -> '0'"""
+    return f"{error:.0e}" if error else "0"
+
+
 def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
     """A random two-layer Llama (hidden 64, vocabulary 256) in fp32."""
     torch.manual_seed(seed)

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from qlora.measures import relative_error
-from truths import Truth, recorded, tiny_llama, tokens
+from truths import Truth, recorded, small, tiny_llama, tokens
 
 R, ALPHA = 8, 32
 
@@ -44,14 +44,12 @@ def scale_and_shapes() -> Truth:
             ("alpha", ALPHA),
         ):
             errors[rslora, rule] = relative_error(layer(x), layer.get_base_layer()(x) + scale * x @ a.T @ b.T)
-    exact = max(errors[False, "alpha/r"], errors[True, "alpha/sqrt(r)"]) < 1e-6
+    plain, rooted = errors[False, "alpha/r"], errors[True, "alpha/sqrt(r)"]
+    wrong, shapes = errors[False, "alpha"], (tuple(a.shape), tuple(b.shape))
     text = f"in 48, out 80, r {R}: A {R} x 48, B 80 x {R}; W x + alpha/r B A x is PEFT's output (error "
-    text += f"{errors[False, 'alpha/r']:.0e}), alpha instead of alpha/r is {errors[False, 'alpha']:.0%} off; "
-    shapes = tuple(a.shape) == (R, 48) and tuple(b.shape) == (80, R)
-    wrong = errors[False, "alpha"] > 0.1
-    return Truth(
-        exact and shapes and wrong, text + f"rsLoRA: alpha/sqrt(r), {errors[True, 'alpha/sqrt(r)']:.0e}"
-    )
+    text += f"{small(plain)}), alpha instead of alpha/r is {wrong:.0%} off; "
+    text += f"rsLoRA: alpha/sqrt(r), {small(rooted)}"
+    return Truth(max(plain, rooted) < 1e-6 and shapes == ((R, 48), (80, R)) and wrong > 0.1, text)
 
 
 @torch.no_grad()
@@ -83,7 +81,7 @@ def merging() -> Truth:
             weight = merged.get_submodule(name.removeprefix("base_model.model.")).weight
             weight += scale * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
         error[way] = relative_error(merged(input_ids=ids).logits, trained)
-    text = f"logits against the trained model's: W + alpha/r B A {error['right']:.0e}, W + B A "
+    text = f"logits against the trained model's: W + alpha/r B A {small(error['right'])}, W + B A "
     text += f"{error['no alpha/r']:.0%} off, into weights rounded to bf16 {error['other base']:.1%} off"
     return Truth(error["right"] < 1e-5 and error["no alpha/r"] > 0.01 and error["other base"] > 1e-4, text)
 
@@ -122,7 +120,7 @@ def alpha_and_rate() -> Truth:
     found, name = recorded("variants.json")
     rates = next(v["at_rate"] for v in found["variants"] if (v["variant"], v["precision"]) == ("lora", "nf4"))
     said = ", ".join(f"{share:.1%} at {float(rate):g}" for rate, share in rates.items())
-    text = f"alpha {ALPHA} at 1e-3 and {ALPHA // 2} at 2e-3: the first update of W differs by {same:.0e}; "
+    text = f"alpha {ALPHA} at 1e-3 and {ALPHA // 2} at 2e-3: the first update of W differs by {small(same)}; "
     text += f"accuracy of the same LoRA: {said}"
     spread = max(rates.values()) - min(rates.values())
     return Truth(same < 1e-5 and spread > 0.05, text, f"measured here, and {name}")

@@ -82,12 +82,10 @@ def memory_against_parameters() -> Truth:
 
 def adapter_size() -> Truth:
     """Rank 32 on the four attention matrices, in fp32."""
-    sizes = {
-        name: 4 * lora_parameters(frame(name), 32, "attention") / 1e6
-        for name in (COURSE_MODEL, "llama-3.1-8b")
-    }
-    text = ", ".join(f"{name}: {size:.1f} MB" for name, size in sizes.items())
-    return Truth(all(size > 70 for size in sizes.values()), f"r 32 on attention, fp32, {text}")
+    models = (COURSE_MODEL, "llama-3.1-8b")
+    sizes = {name: 4e-6 * lora_parameters(frame(name), 32, "attention") for name in models}
+    text = ", ".join(f"{name} {size:.1f} MB" for name, size in sizes.items())
+    return Truth(all(size > 70 for size in sizes.values()), f"rank 32 on attention in fp32: {text}")
 
 
 def largest_adapter() -> Truth:
@@ -101,11 +99,12 @@ def seventy_billion() -> Truth:
     """The plan of Llama 3.1 70B, one row at a time with gradient checkpointing."""
     found, name = recorded("plan_70b.json")
     plan = found["plan"]["result"]
-    fits = [card["card"] for card in plan["cards"] if card["fits"]]
-    consumer = {"RTX 3060 12", "RTX 4060 8", "RTX 4090 24"}
-    weights, peak = (plan["training"]["weights"] / 1e9, min(card["peak"] for card in plan["cards"]) / 1e9)
-    text = f"weights alone take {weights:.1f} GB, a step {peak:.1f} GB; it fits {', '.join(fits)}"
-    return Truth(bool(fits) and not consumer & set(fits), text, name)
+    cards = {card["card"]: card for card in plan["cards"]}
+    fits, largest = [key for key, card in cards.items() if card["fits"]], cards["RTX 4090 24"]
+    weights = plan["footprints"]["nf4"]["total"] / 1e9
+    text = f"NF4 weights {weights:.1f} GB, a step {largest['peak'] / 1e9:.1f} GB; an RTX 4090 has "
+    text += f"{largest['capacity'] / 1e9:.1f}; of the planned cards it fits {', '.join(fits)}"
+    return Truth(bool(fits) and not any("RTX" in key for key in fits), text, name)
 
 
 def seven_million_parameters() -> Truth:
