@@ -1,6 +1,6 @@
 """Shows what is right where the usual teaching material is wrong (docs/claims.md), one claim after the other.
 
-    python benchmarks/claims.py          # all, a minute and a half on one slow core; exit code 1 if one fails
+    python benchmarks/claims.py          # all, half a minute on one slow core; exit code 1 if one fails
     python benchmarks/claims.py 2 11     # some
     python benchmarks/claims.py --json   # all, and writes results/claims.json, which the page shows
 

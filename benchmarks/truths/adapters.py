@@ -99,7 +99,7 @@ def no_w_o_in_llama() -> Truth:
         f"target_modules=['w_o']: {alone}; ['q_proj', 'w_o'] adapts {', '.join(found)} alone, without a word"
     )
     return Truth(
-        alone == "ValueError" and found == {"q_proj"}, text + "; Llama's output projection is o_proj"
+        alone != "no error" and found == {"q_proj"}, text + "; Llama's output projection is o_proj"
     )
 
 
