@@ -74,13 +74,18 @@ def show(number: int) -> dict:
         f"{number:>2} {'' if truth.holds else 'NOT AS IT SHOULD BE: '}{truth.text} [{truth.source}]",
         flush=True,
     )
-    return {"number": number, **vars(truth), "seconds": round(time.perf_counter() - began, 1)}
+    return {
+        "number": number,
+        **vars(truth),
+        "holds": bool(truth.holds),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("number", nargs="*", type=int, help="of claims; none: all")
-    flags.add_argument("--json", action="store_true", help=f"all, and write {OUT.relative_to(ROOT)}")
+    flags.add_argument("--json", action="store_true", help="all, and write results/claims.json")
     asked = flags.parse_args(argv)
     if unknown := [str(number) for number in asked.number if number not in CLAIMS]:
         flags.error(f"no claim {', '.join(unknown)}; there are {min(CLAIMS)} to {max(CLAIMS)}")

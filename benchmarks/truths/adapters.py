@@ -98,9 +98,7 @@ def no_w_o_in_llama() -> Truth:
     text = (
         f"target_modules=['w_o']: {alone}; ['q_proj', 'w_o'] adapts {', '.join(found)} alone, without a word"
     )
-    return Truth(
-        alone != "no error" and found == {"q_proj"}, text + "; Llama's output projection is o_proj"
-    )
+    return Truth(alone != "no error" and found == {"q_proj"}, text + "; Llama's output projection is o_proj")
 
 
 def alpha_and_rate() -> Truth:
