@@ -1,7 +1,7 @@
 """A page in the browser: base and adapter answer side by side, and how sure they are of it.
 
     pip install -r requirements-playground.txt
-    python playground.py                        # qlora-out, and other adapters in this folder; then open the address
+    python playground.py          # qlora-out, and other adapters in this folder; then open the address
     python playground.py --adapter none --model smollm2-360m
 
 Nothing leaves this machine, and only this machine can open the page unless --host says otherwise.
@@ -64,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        held.stopped = True
         served.close(verbose=False)
         note()
 

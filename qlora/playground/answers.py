@@ -99,7 +99,7 @@ class Reader:
 
 
 def shares_batches(model, name: str) -> bool:
-    """Whether PEFT lets an adapter share a batch with the base: not DoRA, not one of a grid (qlora/qat.py)."""
+    """Whether PEFT lets an adapter share a batch with the base: not DoRA, nor one trained by a grid."""
     return not any(
         name in getattr(module, "lora_variant", ()) or name in getattr(module, "grids", ())
         for module in model.modules()

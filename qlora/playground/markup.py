@@ -9,41 +9,6 @@ from qlora.playground.xray import Token
 MOST_TOKENS = 400
 KINDS = {"control": "control tokens", "frame": "template and question", "typed": "what you typed"}
 
-# Colours stand on light and dark backgrounds alike: the page follows the system's setting.
-CSS = """
-.gradio-container {max-width: 1240px !important; margin: 0 auto !important}
-#head {display: flex; align-items: baseline; gap: 14px; flex-wrap: wrap}
-#head h1 {margin: 0; font-size: 21px; font-weight: 650}
-#head span, .aside {color: var(--body-text-color-subdued); font-size: 13px}
-.notice {border-left: 3px solid #d97706; background: rgba(217, 119, 6, .10); padding: 7px 12px; border-radius: 4px;
-  font-size: 14px}
-.notice code, .aside code {font-family: var(--font-mono); font-size: 12.5px}
-.card {border: 1px solid var(--border-color-primary); background: var(--block-background-fill);
-  border-radius: 8px; padding: 10px 14px}
-.card h2 {margin: 0 0 2px; font-size: 14px; font-weight: 600}
-.card .aside {margin: 0 0 6px}
-.bars {width: 100%; border-collapse: collapse; font-size: 13px; margin: 0}
-.bars th {font: 12.5px var(--font-mono); text-align: right; padding: 1px 10px 1px 0; width: 1%; font-weight: 400;
-  white-space: nowrap; max-width: 150px; overflow: hidden; text-overflow: ellipsis}
-.bars td {padding: 1px 0; border: 0}
-.bars tr {border: 0}
-.bars tr + tr > * {border-top: 1px solid var(--border-color-primary)}
-.bar {display: flex; align-items: center; height: 12px; gap: 8px}
-.bar i {display: block; height: 8px; border-radius: 2px; min-width: 1px}
-.bar b {font: 11px var(--font-mono); color: var(--body-text-color)}
-.base {background: #64748b}
-.adapter {background: #ea7317}
-.key {display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 4px 0 12px}
-.key:first-child {margin-left: 0}
-.tokens {display: flex; flex-wrap: wrap; gap: 3px; margin-top: 6px}
-.tokens span {display: inline-flex; flex-direction: column; align-items: center; padding: 1px 5px; border-radius: 4px;
-  font: 12.5px var(--font-mono); line-height: 1.35}
-.tokens small {font-size: 9.5px; color: var(--body-text-color-subdued)}
-.control {background: rgba(147, 51, 234, .22)}
-.frame {background: rgba(100, 116, 139, .20)}
-.typed {background: rgba(22, 163, 74, .20)}
-"""
-
 
 def card(title: str, aside: str, body: str) -> str:
     return f'<div class="card"><h2>{title}</h2><div class="aside">{aside}</div>{body}</div>'
@@ -70,12 +35,15 @@ def bars(chances: Chances) -> str:
     """A row for each name, in it a bar for each column, on one scale from 0 to 100%."""
     rows = []
     for name, shares in zip(chances.names, chances.shares):
-        drawn = "".join(
-            f'<div class="bar"><i class="{whose}" style="width: {76 * share:.2f}%"></i><b>{percent(share)}</b></div>'
-            for whose, share in zip(("base", "adapter"), shares)
-        )
+        drawn = "".join(map(bar, ("base", "adapter"), shares))
         rows.append(f'<tr><th title="{escape(name)}">{escape(name)}</th><td>{drawn}</td></tr>')
     return f'<table class="bars">{"".join(rows)}</table>'
+
+
+def bar(whose: str, share: float) -> str:
+    """Its number stands at its end, so a bar of 100% leaves room for it."""
+    drawn = f'<i class="{whose}" style="width: {76 * share:.2f}%"></i><b>{percent(share)}</b>'
+    return f'<div class="bar">{drawn}</div>'
 
 
 def percent(share: float) -> str:

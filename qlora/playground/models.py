@@ -1,5 +1,6 @@
 """What can be chosen on the page: adapters, and the base in one precision at a time."""
 
+import contextlib
 import gc
 import math
 import threading
@@ -11,12 +12,13 @@ from peft import LoraConfig, PeftModel
 from config import BUNDLED, PRECISIONS, PlaygroundSettings
 from qlora import adapters, files, hardware, loading, qat
 from qlora.adapters import Adapter
-from qlora.cli import UserError, note, require
+from qlora.cli import UserError, require
 from qlora.cpu.attach import MEMORY_SHARE
 from qlora.fast import make_fast
 from qlora.packed import METHODS as PACKED
 from qlora.shapes import peek, skeleton, stored_precision
 
+USUAL = "qlora-out"  # where qlora_finetune.py writes
 OFFERED = ("nf4", "bf16", "fp32")
 # At the most, the copy for a CPU's products included; those that are not named here are not offered.
 BYTES_PER_WEIGHT = {"nf4": 4.6, "bf16": 6, "fp32": 4}
@@ -33,20 +35,24 @@ def find_adapters(s: PlaygroundSettings) -> list[Adapter]:
         names = [adapter.name for adapter in chosen]
         require(len(set(names)) == len(names), f"--adapter: two have the same name ({', '.join(names)})")
         return chosen
-    here = [folder for folder in sorted(Path().iterdir()) if (folder / adapters.CONFIG).is_file()]
-    found: list[Adapter] = []
-    for folder in sorted(here, key=lambda folder: folder.name != "qlora-out"):
-        sealed = (folder / files.SEAL).is_file() and (folder / adapters.NOTES).is_file()
-        if not sealed or files.broken_files(folder):
+    here = {
+        folder.name: folder for folder in sorted(Path().iterdir()) if (folder / adapters.CONFIG).is_file()
+    }
+    own = here.pop(USUAL, None)
+    found = [adapters.read_adapter(own)] if own else []
+    for folder in here.values():
+        if not (folder / adapters.NOTES).is_file() or files.broken_files(folder) != []:
             continue
-        try:
+        with contextlib.suppress(UserError):
             adapter = adapters.read_adapter(folder)
-        except UserError as error:
-            note(f"note       {folder} is left out: {error}")
-            continue
-        if not found or adapter.base_model == found[0].base_model:
-            found.append(adapter)
+            if not found or same_base(adapter, found[0]):
+                found.append(adapter)
     return found
+
+
+def same_base(one: Adapter, other: Adapter) -> bool:
+    of = [(a.base.config_sha256, a.base.revision) if a.base else None for a in (one, other)]
+    return of[0] == of[1] is not None
 
 
 class Models:

@@ -1,6 +1,7 @@
 """The page: what is on it, and what happens when something is clicked or moved."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -64,19 +65,16 @@ def answering(s: PlaygroundSettings, models: Models) -> Callable:
             asked = answers.ask(models, name, text, plain, how)
         except UserError as error:
             raise told(error) from None
-        tokenizer = models.base.tokenizer
-        drawn, kept, scored = gr.skip(), gr.skip(), gr.skip()
-        for so_far in answers.reply(models, asked):
-            first = len(so_far.tokens[0]) == 1
-            if first:
-                kept = so_far.logits.clone()
-                drawn = show_next(models, temperature, top_p, top_k, kept)
-                seen = markup.xray(xray.tokens(tokenizer, asked.prompt, asked.ids))
-            said = (*so_far.texts, "")[:2]
-            parts = (drawn, kept, seen) if first else (gr.skip(),) * 3
-            yield (*said, gr.skip(), *parts, how_fast(so_far, asked))
-        scored = markup.labels(chances.of_labels(models, asked, kept))
-        yield (gr.skip(), gr.skip(), scored, *(gr.skip(),) * 4)
+        same = gr.skip()
+        for number, so_far in enumerate(answers.reply(models, asked)):
+            said, speed = (*so_far.texts, "")[:2], how_fast(so_far, asked)
+            if number:
+                yield (*said, same, same, same, same, speed)
+                continue
+            kept = so_far.logits.clone()
+            seen = markup.xray(xray.tokens(models.base.tokenizer, asked.prompt, asked.ids))
+            yield (*said, same, show_next(models, temperature, top_p, top_k, kept), kept, seen, speed)
+            yield (same, same, markup.labels(chances.of_labels(models, asked, kept)), *(same,) * 4)
 
     return answer
 
@@ -210,5 +208,5 @@ def serve(page: gr.Blocks, s: PlaygroundSettings) -> None:
         footer_links=[],
         app_kwargs={"middleware": guards},
         theme=gr.themes.Base(font=plain[0], font_mono=plain[1], text_size="sm", spacing_size="sm"),
-        css=markup.CSS,
+        css_paths=[Path(__file__).with_name("page.css")],
     )
