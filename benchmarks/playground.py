@@ -3,8 +3,8 @@
     python benchmarks/playground.py   # about two minutes on two slow cores; writes results/playground.json
     python benchmarks/playground.py --adapter none --rounds 2 --out /tmp/playground.json
 
-Starts `python playground.py` as a user would, and asks as its page does. Three reviews, the longest as long as
-the adapter reads; every one is another text, so that nothing can be kept from the one before.
+Starts `python playground.py` as a user would, and asks as its page does. Three reviews, the longest as long
+as the adapter reads; every one is another text, so that nothing can be kept from the one before.
 """
 
 from __future__ import annotations
