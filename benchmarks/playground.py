@@ -2,6 +2,7 @@
 
     python benchmarks/playground.py   # about two minutes on two slow cores; writes results/playground.json
     python benchmarks/playground.py --adapter none --rounds 2 --out /tmp/playground.json
+    python benchmarks/playground.py --picture docs/playground.png   # only the page's picture, by Chromium
 
 Starts `python playground.py` as a user would, and asks as its page does. Three reviews, the longest as long
 as the adapter reads; every one is another text, so that nothing can be kept from the one before.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import signal
 import socket
 import statistics
@@ -78,14 +80,35 @@ def measure(url: str, name: str | None, precision: str, rounds: int) -> dict:
     return rows
 
 
+def draw(url: str, path: Path) -> None:
+    """The page after one review, as large as it is in a browser of 1280 x 800."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page.goto(url)
+        page.locator("#text textarea").fill(SENTENCE.strip())
+        page.locator("#answer").click()
+        page.get_by_text("tokens a second").wait_for()
+        page.locator("#temperature input[type=range]").fill("1.5")
+        page.wait_for_timeout(12_000)  # both answers end, the slider's answer is drawn
+        page.screenshot(path=path, full_page=True)
+        browser.close()
+    print(f"written {path}: {path.stat().st_size / 1000:.0f} kB")
+
+
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--adapter", default="qlora-out", help="a folder, or none")
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--out", type=Path, default=OUT)
+    flags.add_argument("--picture", type=Path, help="draw the page into this file, and measure nothing")
     given = flags.parse_args()
     process, url, seconds = start(given.adapter)
     try:
+        if given.picture:
+            return draw(url, given.picture)
         values = {}
         for part in requests.get(f"{url}/config", timeout=60).json()["components"]:
             values[part["props"].get("label")] = part["props"].get("value")

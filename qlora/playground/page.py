@@ -112,7 +112,9 @@ def build(s: PlaygroundSettings, models: Models) -> gr.Blocks:
                     precision = gr.Dropdown(
                         models.precisions, value=models.precision, label="Base in", min_width=90
                     )
-                length = gr.Slider(1, 256, s.max_new_tokens, step=1, label="New tokens, at the most")
+                length = gr.Slider(
+                    1, max(256, s.max_new_tokens), s.max_new_tokens, step=1, label="New tokens, at the most"
+                )
                 plain = gr.Checkbox(label="Without the adapter's question around it", visible=bool(names))
                 with gr.Row():
                     go = gr.Button("Answer", variant="primary", elem_id="answer")
