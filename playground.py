@@ -32,12 +32,15 @@ def read_settings(argv: Sequence[str] | None) -> PlaygroundSettings:
 
 def check_port(host: str, port: int) -> None:
     """Before the model is loaded; UserError where nothing can be served there."""
-    kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+    not_here = UserError(f"--host {host}: no address of this machine; 0.0.0.0 stands for all that it has")
     try:
+        kind = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         socket.create_server((host, port), family=kind).close()
-    except socket.gaierror:
-        raise UserError(f"--host {host}: no address of this machine; 0.0.0.0 is all that it has") from None
+    except (socket.gaierror, UnicodeError):
+        raise not_here from None
     except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise not_here from None
         why = {errno.EADDRINUSE: "is taken", errno.EACCES: "is not for ordinary users (below 1024)"}
         words = why.get(error.errno, f"can't be used on {host} ({error.strerror})")
         raise UserError(f"--port {port} {words}; choose another --port") from None

@@ -236,7 +236,7 @@ def test_wrong_flags_and_a_taken_port_are_one_line(monkeypatch):
         cases = {
             ("--port", 0): (2, "--port 0: must be from 1 to 65,535"),
             ("--port", port): (1, f"--port {port} is taken"),
-            ("--host", "nowhere.invalid"): (1, "--host nowhere.invalid: no address of this machine"),
+            ("--host", "192.0.2.1"): (1, "--host 192.0.2.1: no address of this machine"),
             ("--adapter", "none", "--adapter", "x"): (2, "nothing else can be loaded with it"),
             ("--adapter", "not-there"): (2, "no such folder"),
             ("--temperature", 1): (2, "unknown flag --temperature"),
