@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qlora import evaluation, prompts
 from qlora.generation import Sampling, entropy_bits, next_distribution
+from qlora.logits import causal_lm
 from qlora.playground.answers import Asked
 from qlora.playground.models import Models
 
@@ -27,15 +28,15 @@ class Chances:
 def of_labels(models: Models, asked: Asked, logits: Tensor) -> Chances | None:
     """Of the adapter's labels, as `--answers` of qlora_inference.py writes them; None where it has none.
 
-    `logits` (rows, vocabulary) stand after the prompt: they are enough where labels begin differently. Else
-    each is scored to its end, by passes of its own.
+    `logits` (rows, vocabulary) stand after the prompt: they are enough where labels begin differently, unless
+    a sum in 16 bits made them, which can hide what a young adapter changes. Else labels are scored anew.
     """
     if asked.prompt is None or not asked.prompt.asks:
         return None
     count = range(len(asked.prompt.answers))
     answers = [prompts.answer_ids(models.base.tokenizer, asked.prompt, label) for label in count]
     firsts = [answer[0] for answer in answers]
-    if len(set(firsts)) == len(firsts):
+    if len(set(firsts)) == len(firsts) and causal_lm(models.model).dtype == torch.float32:
         logs = logits.double().log_softmax(-1)[:, firsts]
     else:
         logs = torch.tensor(score_both(models, asked, answers)).double()

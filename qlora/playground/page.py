@@ -1,6 +1,8 @@
 """The page: what is on it, and what happens when something is clicked or moved."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
@@ -18,11 +20,11 @@ ONLY_HERE = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; frame-ancestors 'self'"
 )
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-REVIEWS = (
-    "The plot is thin, but the actors are wonderful and I left the cinema with a smile.",
-    "Two hours of explosions and not one line worth remembering.",
-    "I wanted to like it. I really did.",
-)
+REVIEWS = {
+    "a kind review": "The plot is thin, but the actors are wonderful and I left the cinema with a smile.",
+    "a harsh one": "Two hours of explosions and not one line worth remembering.",
+    "a hard one": "I wanted to like it. I really did.",
+}
 NO_ADAPTER = (
     "No adapter here yet: only the base answers. `python qlora_finetune.py` trains one into qlora-out; "
     "then start this page again."
@@ -95,74 +97,109 @@ def show_next(models: Models, temperature: float, top_p: float, top_k: int, kept
     return markup.next_tokens(chances.of_tokens(models.base.tokenizer, kept, sampling))
 
 
+@dataclass
+class Parts:
+    """What is on the page and changes, or is read."""
+
+    text: gr.Textbox
+    plain: gr.Checkbox
+    name: gr.Dropdown
+    precision: gr.Dropdown
+    buttons: list[gr.Button]  # Answer, Stop
+    length: gr.Slider
+    draws: gr.Checkbox
+    knobs: list[gr.Slider]  # temperature, top-p, top-k
+    head: gr.HTML
+    notes: gr.HTML
+    said: list[gr.Textbox]  # of the base and of the adapter
+    scored: gr.HTML
+    following: gr.HTML
+    seen: gr.HTML
+    speed: gr.HTML
+
+
 def build(s: PlaygroundSettings, models: Models) -> gr.Blocks:
     """The page with its events; `models` holds the first precision already."""
-    names = list(models.adapters)
     with gr.Blocks(title="Playground", analytics_enabled=False, fill_width=True) as page:
-        kept = gr.State(None)
-        head = gr.HTML(markup.head(models.described()))
-        notes = gr.HTML(markup.notice(notes_of(s, models, names[0] if names else None)))
-        with gr.Row(equal_height=True):
-            with gr.Column(scale=5):
-                text = gr.Textbox(label="A review, or a message", lines=3, max_lines=8, elem_id="text")
-                gr.Examples([[review] for review in REVIEWS], [text], label="Examples")
-            with gr.Column(scale=3):
-                with gr.Row():
-                    name = gr.Dropdown(names, label="Adapter", visible=bool(names), min_width=120)
-                    precision = gr.Dropdown(
-                        models.precisions, value=models.precision, label="Base in", min_width=90
-                    )
-                length = gr.Slider(
-                    1, max(256, s.max_new_tokens), s.max_new_tokens, step=1, label="New tokens, at the most"
-                )
-                plain = gr.Checkbox(label="Without the adapter's question around it", visible=bool(names))
-                with gr.Row():
-                    go = gr.Button("Answer", variant="primary", elem_id="answer")
-                    stop = gr.Button("Stop", min_width=80)
-        with gr.Row():
-            said = [gr.Textbox(label="Base", lines=3, max_lines=10, elem_id="base")]
-            said.append(
-                gr.Textbox(label="Adapter", lines=3, max_lines=10, elem_id="adapter", visible=bool(names))
-            )
-        speed = gr.HTML('<div class="aside">&nbsp;</div>')
-        with gr.Row():
-            with gr.Column(scale=1):
-                scored = gr.HTML(markup.card("Labels", WAITING, ""), elem_id="labels", visible=bool(names))
-                knobs = [
-                    gr.Slider(0.1, 3, 1, step=0.05, label="Temperature", elem_id="temperature"),
-                    gr.Slider(0.01, 1, 1, step=0.01, label="Top-p", elem_id="top-p"),
-                    gr.Slider(0, 100, 0, step=1, label="Top-k (0: all)", elem_id="top-k"),
-                ]
-                draws = gr.Checkbox(label="Answers are drawn so; else always the likeliest token")
-            with gr.Column(scale=1):
-                following = gr.HTML(show_next(models, 1, 1, 0, None), elem_id="next")
-        seen = gr.HTML(markup.card("Token X-ray", WAITING, ""), elem_id="xray")
-        asked = [text, plain, name, precision, length, draws, *knobs]
-        shown = [*said, scored, following, kept, seen, speed]
-        one = {"concurrency_id": "model", "concurrency_limit": 1}
-        runs = gr.on(
-            [go.click, text.submit],
-            answering(s, models),
-            asked,
-            shown,
-            show_progress="hidden",
-            api_name="answer",
-            **one,
-        )
-        stop.click(None, cancels=[runs])
-        for knob in knobs:
-            knob.change(
-                lambda *values: show_next(models, *values),
-                [*knobs, kept],
-                following,
-                show_progress="hidden",
-                trigger_mode="always_last",
-                api_visibility="private",
-            )
-        switched = ([name, precision], [head, notes, precision])
-        for choice in (name, precision):
-            choice.input(switching(s, models), *switched, api_visibility="private", **one)
+        connect(lay_out(s, models), s, models)
     return page
+
+
+def lay_out(s: PlaygroundSettings, models: Models) -> Parts:
+    """From top to bottom, so that all but the X-ray fits into 1280 x 800."""
+    names, first = list(models.adapters), next(iter(models.adapters), None)
+    has_one, note = bool(names), notes_of(s, models, first)
+    head = gr.HTML(markup.head(models.described()))
+    notes = gr.HTML(markup.notice(note), visible=bool(note))
+    with gr.Row():
+        with gr.Column(scale=5):
+            text = gr.Textbox(label="A review, or a message", lines=3, max_lines=8, elem_id="text")
+        with gr.Column(scale=3):
+            with gr.Row():
+                name = gr.Dropdown(names, label="Adapter", visible=has_one, min_width=120)
+                kinds = models.precisions
+                precision = gr.Dropdown(kinds, value=models.precision, label="Base in", min_width=90)
+            with gr.Row():
+                go = gr.Button("Answer", variant="primary", size="md", min_width=80, elem_id="answer")
+                stop = gr.Button("Stop", size="md", min_width=80)
+    with gr.Row(elem_id="examples"):
+        for title, review in REVIEWS.items():
+            example = gr.Button(title, size="sm", min_width=60)
+            example.click(partial(str, review), None, text, queue=False, api_visibility="private")
+        question = "Without the adapter's question around it"
+        plain = gr.Checkbox(label=question, visible=has_one, container=False, min_width=300)
+    with gr.Row():
+        said = [gr.Textbox(label="Base", lines=2, max_lines=10, elem_id="base")]
+        box = gr.Textbox(label="Adapter", lines=2, max_lines=10, elem_id="adapter", visible=has_one)
+        said.append(box)
+    speed = gr.HTML('<div class="aside">&nbsp;</div>')
+    with gr.Row():
+        with gr.Column():
+            scored = gr.HTML(markup.card("Labels", WAITING, ""), elem_id="labels", visible=has_one)
+            length, draws, knobs = sliders(s)
+        with gr.Column():
+            following = gr.HTML(show_next(models, 1, 1, 0, None), elem_id="next")
+    seen = gr.HTML(markup.card("Token X-ray", WAITING, ""), elem_id="xray")
+    chosen = (text, plain, name, precision, [go, stop], length, draws, knobs)
+    return Parts(*chosen, head, notes, said, scored, following, seen, speed)
+
+
+def connect(parts: Parts, s: PlaygroundSettings, models: Models) -> None:
+    """What happens when something is clicked, typed or moved."""
+    one = {"concurrency_id": "model", "concurrency_limit": 1}  # the model does one thing at a time
+    kept, (go, stop) = gr.State(None), parts.buttons
+    asked = [parts.text, parts.plain, parts.name, parts.precision, parts.length, parts.draws, *parts.knobs]
+    shown = [*parts.said, parts.scored, parts.following, kept, parts.seen, parts.speed]
+    named = {"api_name": "answer", "show_progress": "hidden"}
+    runs = gr.on([go.click, parts.text.submit], answering(s, models), asked, shown, **named, **one)
+    stop.click(None, cancels=[runs])
+    for knob in parts.knobs:
+        knob.change(
+            lambda *values: show_next(models, *values),
+            [*parts.knobs, kept],
+            parts.following,
+            show_progress="hidden",
+            trigger_mode="always_last",
+            api_visibility="private",
+        )
+    for choice in (parts.name, parts.precision):
+        changed = ([parts.name, parts.precision], [parts.head, parts.notes, parts.precision])
+        choice.input(switching(s, models), *changed, api_visibility="private", **one)
+
+
+def sliders(s: PlaygroundSettings) -> tuple:
+    """(new tokens, whether answers are drawn, [temperature, top-p, top-k])"""
+    with gr.Row():
+        temperature = gr.Slider(
+            0.1, 3, 1, step=0.05, label="Temperature", min_width=200, elem_id="temperature"
+        )
+        top_p = gr.Slider(0.01, 1, 1, step=0.01, label="Top-p", min_width=200, elem_id="top-p")
+    with gr.Row():
+        top_k = gr.Slider(0, 100, 0, step=1, label="Top-k (0: all)", min_width=200, elem_id="top-k")
+        most = max(256, s.max_new_tokens)
+        length = gr.Slider(1, most, s.max_new_tokens, step=1, label="New tokens, at the most", min_width=200)
+    draws = gr.Checkbox(label="Answers are drawn so; else always the likeliest token", container=False)
+    return length, draws, [temperature, top_p, top_k]
 
 
 def switching(s: PlaygroundSettings, models: Models) -> Callable:
@@ -173,11 +210,9 @@ def switching(s: PlaygroundSettings, models: Models) -> Callable:
             models.use(precision)
         except UserError as error:
             gr.Warning(str(error), title="Not possible", duration=None)
-        return (
-            markup.head(models.described()),
-            markup.notice(notes_of(s, models, name)),
-            models.precision,
-        )
+        words = notes_of(s, models, name)
+        notes = gr.update(value=markup.notice(words), visible=bool(words))
+        return markup.head(models.described()), notes, models.precision
 
     return switch
 
