@@ -121,7 +121,7 @@ def main() -> None:
 
     worst = max(row["worst"] for row in rows.values())
     record = {
-        "adapter": given.adapter,
+        "adapter": Path(given.adapter).name,
         "precision": values["Base in"],
         "seconds_to_open": seconds,
         "new_tokens": LENGTH,

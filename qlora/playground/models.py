@@ -120,8 +120,5 @@ class Models:
         return list(dict.fromkeys([self.first, *fits]))
 
     def described(self) -> str:
-        """'smollm2-135m in nf4, products in fp32'"""
-        machine = self.base.hardware
-        return (
-            f"{self.base.info.name} in {self.precision}, products in {machine.lane or self.base.info.dtype}"
-        )
+        """'smollm2-135m in nf4, computed in float32'"""
+        return f"{self.base.info.name} in {self.precision}, computed in {self.base.info.dtype}"

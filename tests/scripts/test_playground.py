@@ -318,11 +318,11 @@ def test_in_a_browser(trained, tmp_path):
             expect(page.locator("#next")).to_contain_text("drawn: 1 (base), 1 (adapter)")
             assert page.locator("#next").inner_text() != before
             page.screenshot(path=tmp_path / "page.png", full_page=True)
+            process.send_signal(signal.SIGINT)  # an open page does not hold it up
+            assert process.wait(timeout=4) == 0
             browser.close()
         elsewhere = [u for u in asked if not u.startswith((f"{url}/", "data:", "blob:"))]
         assert not elsewhere and len(asked) > 20
         assert not errors
         assert (tmp_path / "page.png").stat().st_size > 20_000
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
         assert "Traceback" not in (tmp_path / "playground.log").read_text()
