@@ -21,7 +21,7 @@ def perplexity(texts) -> float:
 
 
 def int8_dynamic(x):
-    """Activations x (tokens, columns) rounded to int8 with a scale for each token, read back: (tokens, columns).
+    """Activations x (tokens, columns) rounded to int8 with a scale for each token, and read back.
 
     The largest number of a token without its sign is the code 127 or -127. A token of zeros stays zeros.
     """
@@ -39,9 +39,9 @@ def int8_static(x, limit: float):
 def straight_through(weight, grid):
     """grid(weight), but training sees no rounding.
 
-    `weight`: tensor that is trained (requires_grad); `grid`: a function that rounds a tensor. What is returned
-    has the numbers of grid(weight) to within 1e-6, and after `straight_through(weight, grid).sum().backward()`
-    weight.grad is 1 everywhere. Two tools: t.detach() is the same numbers of which training sees nothing, and
-    sums and differences let training through.
+    `weight`: tensor that is trained (requires_grad); `grid`: a function that rounds a tensor. What is
+    returned has the numbers of grid(weight) to within 1e-6; after
+    `straight_through(weight, grid).sum().backward()` weight.grad is 1 everywhere. Two tools: t.detach() has
+    the same numbers, but training sees nothing of them; sums and differences let training through.
     """
     raise NotImplementedError("exercise 2.3")
