@@ -1,5 +1,7 @@
 """Tests of the exercises of lesson 1."""
 
+from functools import cache
+
 import torch
 from safetensors import safe_open
 
@@ -89,6 +91,17 @@ def model_of(name: str):
     return shapes.skeleton(shapes.model_config(name)[0])
 
 
+@cache
+def held_in_nf4() -> int:
+    """Bytes of the bundled model, loaded in NF4 with double quantization."""
+    from qlora import hardware
+    from qlora.loading import load_base
+    from qlora.weights import held_bytes
+
+    machine = hardware.detect("bf16", "cpu", "fp32")
+    return held_bytes(load_base(BUNDLED, "nf4", machine).model.modules())
+
+
 def test_lesson1_3_three_billion(lesson):
     found = lesson.model_bytes(model_of("llama-3.2-3b"), 4.127) / 1e9
     assert found > 1.7, f"{found:.2f} GB: what is not in Linear modules stays in 16 bits"
@@ -104,11 +117,5 @@ def test_lesson1_3_a_last_matrix_of_its_own(lesson):
 
 
 def test_lesson1_3_what_the_model_here_holds(lesson):
-    from qlora import hardware
-    from qlora.loading import load_base
-    from qlora.weights import held_bytes
-
-    machine = hardware.detect("bf16", "cpu", "fp32")
-    held = held_bytes(load_base(BUNDLED, "nf4", machine).model.modules())
-    found = lesson.model_bytes(model_of(BUNDLED), 4.127)
+    found, held = lesson.model_bytes(model_of(BUNDLED), 4.127), held_in_nf4()
     assert abs(found / held - 1) < 0.01, f"{found / 1e6:.1f} MB by your count, {held / 1e6:.1f} MB in memory"
