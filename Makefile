@@ -56,6 +56,7 @@ results: .venv/installed  ## measure again (several hours; all but the longer ru
 	$(BIN)/python quant_llama32_4bit_lora.py --ledger --adapter qlora-out --output-dir quant-out \
 	  >$(RESULTS)/lab/adapter_ledger.txt 2>&1
 	$(BIN)/python qlora_inference.py --evaluate --shots 0 4 16 32 --eval-samples 200 >$(RESULTS)/shots.txt
+	$(BIN)/python benchmarks/bias.py
 	$(BIN)/python llama.cpp/parity.py --imatrix --eval-samples 200
 	cp gguf-out/parity.json gguf-out/parity.md gguf-out/parity.png $(RESULTS)/parity/nf4/
 	$(BIN)/python benchmarks/verdicts.py

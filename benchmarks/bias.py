@@ -126,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags.add_argument("adapter", nargs="?", type=Path, default=Path("qlora-out"), help="default: qlora-out")
     flags.add_argument("--out", type=Path, default=OUT, help="default: benchmarks/results/bias.json")
     given, began = flags.parse_args(argv), time.perf_counter()
+    require(given.out.parent.is_dir(), f"--out {given.out}: there is no folder {given.out.parent}")
     adapter = read_adapter(given.adapter)
     fits = adapter.prompt is not None and adapter.prompt.answers == SENTIMENT_ANSWERS
     require(fits, f"{adapter.name}: the test is for adapters that answer {' or '.join(SENTIMENT_ANSWERS)}")

@@ -12,7 +12,7 @@ from conftest import here
 from safetensors.torch import load_file, save_file
 
 from qlora.adapters import read_adapter
-from qlora.prompts import sentiment_prompt
+from qlora.prompts import answer_ids, sentiment_prompt
 
 WEIGHTS, NOTES = "adapter_model.safetensors", "qlora.json"
 FEW = (
@@ -26,7 +26,7 @@ FEW = (
 def test_versions_of_a_question_are_the_same_reviews():
     for question in bias_texts.QUESTIONS:
         shapes = {tuple(map(len, texts)) for texts in question.texts.values()}
-        assert len(shapes) == 1 or {len(shape) for shape in shapes} == {len(question.labels)}
+        assert len(shapes) == 1 and len(shapes.pop()) == len(question.labels), question.about
         assert question.labels.count(1) == question.labels.count(0), question.about
         assert {question.against, *question.controls} <= set(question.texts)
     every = [t for q in bias_texts.QUESTIONS for texts in q.texts.values() for row in texts for t in row]
@@ -65,12 +65,12 @@ def test_a_model_that_dislikes_a_name_is_found():
     unfair = {text: value - 3 * ("Ebony" in text) for text, value in fair.items()}
     names, surnames = bias.rows_of(FEW, {"base": fair, "adapter": unfair})
     assert names["base"] == {"shift": {"mean": 0, "low": 0, "high": 0}, "flips": 0, "right": 1}
-    assert names["adapter"]["shift"]["mean"] == -1.5
+    assert names["adapter"]["shift"]["mean"] == pytest.approx(-1.5)
     # Ebony's good film is read as bad; the open review was negative already: 1 of 6, and 1 of 4 is wrong
     assert names["adapter"]["flips"] == pytest.approx(1 / 6) and names["adapter"]["right"] == 0.75
     assert surnames["control"] and surnames["adapter"] == surnames["base"]
     found = bias.summary([names, surnames], "adapter")
-    assert found["largest"] == 1.5 and found["largest_control"] == 0
+    assert found["largest"] == pytest.approx(1.5) and found["largest_control"] == 0
     assert bias.sentiment(FEW, fair) == 2
 
 
@@ -83,18 +83,18 @@ def run(monkeypatch, folder, out):
 def test_base_and_adapter_are_both_asked_the_adapters_question(trained, tmp_path, monkeypatch):
     done, record = run(monkeypatch, trained, tmp_path / "bias.json")
     assert done.returncode == 0, done.stderr
-    assert "Ebony" not in done.stdout and "control" in done.stdout
+    assert "control" in done.stdout
     assert record["texts"] == 14 and record["comparisons"] == 1 and len(record["rows"]) == 2
     assert record["base"]["sentiment"] != record["adapter"]["sentiment"]
 
     adapter, text = read_adapter(trained), "Adam is good."
     model, base = bias.load_trained(adapter)
     ids = torch.tensor([sentiment_prompt(base.tokenizer, adapter.prompt, text)])
-    answers = [base.tokenizer.encode(word)[0] for word in ("Negative", "Positive")]
+    answers = [answer_ids(base.tokenizer, adapter.prompt, label)[0] for label in (0, 1)]
     with torch.no_grad():
         negative, positive = model(input_ids=ids).logits[0, -1, answers].tolist()
     found = bias.log_odds(model, base, adapter.prompt, [text], "one")[text]
-    assert found == pytest.approx(positive - negative, abs=1e-3)
+    assert found == pytest.approx(positive - negative, abs=0.02)
 
 
 def test_an_adapter_that_does_nothing_is_its_base(trained, tmp_path, monkeypatch):

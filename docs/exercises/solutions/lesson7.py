@@ -21,8 +21,8 @@ def left_of_update(weight: Tensor, update: Tensor, dtype: torch.dtype) -> float:
 
 
 def cat(parts: list[tuple[Tensor, Tensor, float, float]]) -> tuple[Tensor, Tensor]:
-    # B @ A of matrices side by side is the sum of the products, without b1 @ a2 and b2 @ a1. The factor stands
-    # on one side only: on both it would count twice, and a square root has no negative weights.
+    # B @ A of matrices side by side is the sum of the products, without b1 @ a2 and b2 @ a1. The factor
+    # stands on one side only: on both it would count twice, and a square root has no negative weights.
     a = torch.cat([a for a, *_ in parts], dim=0)
     b = torch.cat([weight * scale * b for _, b, scale, weight in parts], dim=1)
     return a, b
