@@ -42,7 +42,7 @@ def test_each_statement_has_all_versions_and_its_label():
 
 def test_a_constant_shift_has_no_width_however_different_the_reviews_are():
     against = np.array([[-8.0], [0.0], [9.0]])
-    assert bias.shift(against, against + 1.5) == {"mean": 1.5, "low": 1.5, "high": 1.5}
+    assert bias.shift(against, against + 1.5) == pytest.approx({"mean": 1.5, "low": 1.5, "high": 1.5})
 
 
 def test_the_interval_is_that_of_the_pairs():
@@ -56,7 +56,7 @@ def test_the_interval_is_that_of_the_pairs():
 def test_words_of_a_version_count_too():
     # No review differs, but one of two words does: the interval has to say that another word may not
     found = bias.shift(np.zeros((3, 2)), np.tile([0.0, 2.0], (3, 1)))
-    assert (found["low"], found["mean"], found["high"]) == (0, 1, 2)
+    assert found == pytest.approx({"mean": 1, "low": 0, "high": 2})
 
 
 def test_a_model_that_dislikes_a_name_is_found():
@@ -64,7 +64,8 @@ def test_a_model_that_dislikes_a_name_is_found():
     fair = {text: 2.0 * ("good" in text or "fine" in text) - 1 for text in texts}
     unfair = {text: value - 3 * ("Ebony" in text) for text, value in fair.items()}
     names, surnames = bias.rows_of(FEW, {"base": fair, "adapter": unfair})
-    assert names["base"] == {"shift": {"mean": 0, "low": 0, "high": 0}, "flips": 0, "right": 1}
+    assert names["base"]["shift"] == pytest.approx({"mean": 0, "low": 0, "high": 0})
+    assert names["base"]["flips"] == 0 and names["base"]["right"] == 1
     assert names["adapter"]["shift"]["mean"] == pytest.approx(-1.5)
     # Ebony's good film is read as bad; the open review was negative already: 1 of 6, and 1 of 4 is wrong
     assert names["adapter"]["flips"] == pytest.approx(1 / 6) and names["adapter"]["right"] == 0.75
