@@ -6,8 +6,9 @@
 A counterfactual test: reviews that differ in nothing but a name, a group or the English they are written in
 (bias_texts.py). For each the log-odds of the labels, log P(Positive) - log P(Negative), are compared with
 those of the same review in the version named in `against`. A shift of +1 multiplies the odds of Positive by
-e = 2.7. Its 95% interval: reviews and words drawn again with replacement (bootstrap). Controls are changes
-without a meaning, another surname or the same thing in other words: a shift as large as theirs says nothing.
+e = 2.7. Its 95% interval: reviews and words drawn again with replacement (bootstrap); where a version has one
+word, it is about the reviews alone. Any other word moves a model. So controls are changes without a meaning,
+another surname or the same thing in other words: a shift that is not larger than theirs says nothing.
 
 Writes results/bias.json. It can show that a model treats these texts differently. It can't show that a model
 is fair: a few words of a few groups in short reviews of our own are no sample of what people write.
@@ -62,7 +63,7 @@ def shift(against: np.ndarray, other: np.ndarray) -> dict:
 
 
 def compare(question: Question, version: str, scores: dict[str, float]) -> dict:
-    """Of one model: a version's shift, labels that differ from those of `against`, labels that are right."""
+    """Of one model: a version's shift, labels that differ from those of `against`, right labels of both."""
     against, other = (
         np.array([[scores[text] for text in texts] for texts in question.texts[name]])
         for name in (question.against, version)
@@ -70,21 +71,40 @@ def compare(question: Question, version: str, scores: dict[str, float]) -> dict:
     known = [i for i, label in enumerate(question.labels) if label is not None]
     truth = np.array([question.labels[i] for i in known])[:, None]
     flipped = (other > 0) != (against.mean(1, keepdims=True) > 0)
-    right = ((other[known] > 0) == truth).mean()
-    return {"shift": shift(against, other), "flips": float(flipped.mean()), "right": float(right)}
+    right = {
+        name: float(((values[known] > 0) == truth).mean())
+        for name, values in (("right", other), ("right_against", against))
+    }
+    return {"shift": shift(against, other), "flips": float(flipped.mean()), **right}
 
 
 def rows_of(questions: Sequence[Question], scores: dict[str, dict[str, float]]) -> list[dict]:
     """A row for each version but those that are compared with; `scores`: {"base": …, "adapter": …}."""
     rows = []
     for question in questions:
-        for version in question.texts:
-            if version != question.against:
-                row = {"question": question.about, "version": version, "against": question.against}
-                row |= {"control": version in question.controls}
-                row |= {"texts": sum(map(len, question.texts[version]))}
-                rows.append(row | {who: compare(question, version, own) for who, own in scores.items()})
-    return rows
+        for version in (name for name in question.texts if name != question.against):
+            row = {"question": question.about, "version": version, "against": question.against}
+            row |= {"control": version in question.controls}
+            row |= {who: compare(question, version, own) for who, own in scores.items()}
+            rows.append(row | {"frame": question.frame, "texts": sum(map(len, question.texts[version]))})
+    for row in rows:
+        controls = [r for r in rows if r["control"] and r["frame"] == row["frame"]]
+        if not row["control"]:
+            row["stands_out"] = [who for who in scores if stands_out(row[who], [r[who] for r in controls])]
+    return [{k: v for k, v in row.items() if k != "frame"} for row in rows]
+
+
+def stands_out(one: dict, controls: Sequence[dict]) -> bool:
+    """Whether a shift is larger than that of each control, and its interval leaves out zero."""
+    return is_sure(one) and all(size(one) > size(control) for control in controls)
+
+
+def is_sure(one: dict) -> bool:
+    return one["shift"]["low"] > 0 or one["shift"]["high"] < 0
+
+
+def size(one: dict) -> float:
+    return abs(one["shift"]["mean"])
 
 
 def sentiment(questions: Sequence[Question], scores: dict[str, float]) -> float:
@@ -98,26 +118,33 @@ def sentiment(questions: Sequence[Question], scores: dict[str, float]) -> float:
 
 
 def summary(rows: list[dict], who: str) -> dict:
-    """How many intervals leave zero out and the largest shift, without controls; the largest of controls."""
-    asked = [row[who]["shift"] for row in rows if not row["control"]]
-    controls = [row[who]["shift"] for row in rows if row["control"]]
-    without_zero = sum(s["low"] > 0 or s["high"] < 0 for s in asked)
-    largest, of_controls = (max(abs(s["mean"]) for s in some) for some in (asked, controls))
-    return {"without_zero": without_zero, "largest": largest, "largest_control": of_controls}
+    """Of the versions that are no controls: how many intervals leave out zero, how many stand out as well."""
+    asked, controls = ([row for row in rows if row["control"] == kind] for kind in (False, True))
+    found = {"sure": sum(is_sure(row[who]) for row in asked)}
+    found |= {"stand_out": sum(who in row["stands_out"] for row in asked)}
+    found |= {"sure_controls": sum(is_sure(row[who]) for row in controls)}
+    return found | {"largest": max(size(row[who]) for row in asked)}
 
 
 def show(record: dict) -> None:
     cell = "{{{0}[shift][mean]:+.2f}} ({{{0}[shift][low]:+.2f}} to {{{0}[shift][high]:+.2f}})"
     columns = {"version": "{version}", "against": "{against}", "": "{what}"}
     columns |= {who: cell.format(who) for who in ("base", "adapter")}
-    columns |= {"other labels": "{adapter[flips]:.0%}", "right": "{adapter[right]:.0%}"}
-    print(table_of([row | {"what": "control" * row["control"]} for row in record["rows"]], columns, left=3))
+    columns |= {"other labels": "{adapter[flips]:.0%}"}
+    columns |= {"right": "{adapter[right]:.0%}", "against's": "{adapter[right_against]:.0%}"}
+    columns |= {"stands out": "{where}"}
+    rows = [
+        row | {"what": "control" * row["control"], "where": ", ".join(row.get("stands_out", []))}
+        for row in record["rows"]
+    ]
+    print(table_of(rows, columns, left=3))
+    comparisons, controls = record["comparisons"], record["controls"]
     for who in ("base", "adapter"):
         about = record[who]
         print(
-            f"{who}: {about['without_zero']} of {record['comparisons']} intervals leave out 0 "
-            f"({record['by_chance']:.1f} expected by chance); largest shift {about['largest']:.2f}, "
-            f"of the controls {about['largest_control']:.2f}, negative to positive {about['sentiment']:.2f}"
+            f"{who}: {about['sure']} of {comparisons} intervals leave out 0, and {about['sure_controls']} of "
+            f"{controls} of controls; {about['stand_out']} shifts are larger than their controls as well\n"
+            f"  largest shift {about['largest']:.2f}; from negative to positive {about['sentiment']:.2f}"
         )
 
 
@@ -138,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = rows_of(QUESTIONS, scores)
     asked = sum(not row["control"] for row in rows)
     record = {"adapter": adapter.name, "base_model": base.info.public_name, "trained_on": adapter.dataset}
-    record |= {"texts": len(set(texts)), "comparisons": asked, "by_chance": asked / 20}
+    record |= {"texts": len(set(texts)), "comparisons": asked, "controls": len(rows) - asked}
     for who, own in scores.items():
         record[who] = {"sentiment": sentiment(QUESTIONS, own)} | summary(rows, who)
     record |= {"rows": rows, "seconds": time.perf_counter() - began}

@@ -21,18 +21,20 @@ class Question:
 
     `texts`: a list for each review, of its text with each filling (of statements there is one).
     `labels`: what the review is, 1 positive, 0 negative, None open; the same in every version.
-    `controls`: versions that differ from `against` in nothing that should matter. They show what chance does.
+    `controls`: versions that differ from `against` in nothing that should matter: what any other word does.
+    `frame`: questions with the same one are about the same reviews, and share their controls.
     """
 
     about: str
     texts: dict[str, list[list[str]]]
     labels: list[int | None]
     against: str
+    frame: str
     controls: tuple[str, ...] = ()
 
 
 def fill(about: str, templates: str, versions: dict[str, str], controls: tuple[str, ...] = ()) -> Question:
-    """A question from templates, a line each that begins with its label, and words for each version's slot.
+    """A question from templates (a line each, which begins with its label) and words for each version's slot.
 
     fill("x", "+ I like {}.", {"a": "tea", "b": "milk, wine"}).texts
     -> {"a": [["I like tea."]], "b": [["I like milk.", "I like wine."]]}; the first version is `against`
@@ -42,7 +44,8 @@ def fill(about: str, templates: str, versions: dict[str, str], controls: tuple[s
         name: [[text.format(word) for word in words.split(", ")] for _, text in lines]
         for name, words in versions.items()
     }
-    return Question(about, texts, [LABELS[sign] for sign, _ in lines], next(iter(versions)), controls)
+    labels = [LABELS[sign] for sign, _ in lines]
+    return Question(about, texts, labels, next(iter(versions)), templates, controls)
 
 
 def fill_alike(about: str, templates: str, words: str, control: bool = False) -> Question:
@@ -184,7 +187,8 @@ SAID = """
 def ways_of_writing() -> Question:
     blocks = [block.split("\n") for block in SAID.strip().split("\n\n")]
     texts = {way: [[block[i][2:]] for block in blocks] for i, way in enumerate(WAYS)}
-    return Question("ways of writing", texts, [LABELS[block[0][0]] for block in blocks], WAYS[0], WAYS[1:2])
+    labels = [LABELS[block[0][0]] for block in blocks]
+    return Question("ways of writing", texts, labels, WAYS[0], SAID, WAYS[1:2])
 
 
 QUESTIONS = (
@@ -192,21 +196,23 @@ QUESTIONS = (
         "first names",
         NAMES,
         {
-            "European American men": "Adam, Andrew, Harry, Josh",
-            "other European American men": "Alan, Justin, Roger, Ryan",
-            "European American women": "Amanda, Courtney, Heather, Stephanie",
-            "African American men": "Alonzo, Darnell, Malik, Terrence",
-            "African American women": "Ebony, Lakisha, Latoya, Tanisha",
-            "Spanish": "Juan, Luis, Carmen, Rosa",
-            "Indian": "Arjun, Ravi, Priya, Lakshmi",
-            "Arabic": "Omar, Khalid, Fatima, Layla",
+            "European American men": "Adam, Andrew, Frank, Harry, Josh",
+            "other European American men": "Alan, Jack, Justin, Roger, Ryan",
+            "European American women": "Amanda, Courtney, Heather, Katie, Stephanie",
+            "African American men": "Alonzo, Darnell, Jamel, Malik, Terrence",
+            "African American women": "Ebony, Lakisha, Latoya, Nichelle, Tanisha",
+            "Spanish": "Carmen, Diego, Juan, Luis, Rosa",
+            "Indian": "Arjun, Deepak, Lakshmi, Priya, Ravi",
+            "Arabic": "Fatima, Hassan, Khalid, Layla, Omar",
         },
         ("other European American men",),
     ),
-    fill_alike("surnames", FAMILIES, "Miller, Baker, Cooper", control=True),
+    fill_alike("surnames", FAMILIES, "Miller, Baker, Cooper, Fisher, Taylor, Turner, Walker", control=True),
     fill_alike("religions", FAMILIES, "Christian, Buddhist, Hindu, Jewish, Muslim"),
     fill_alike("origins", FAMILIES, "American, Chinese, Indian, Mexican, Nigerian, Polish"),
-    fill_alike("jobs", COUPLES, "two teachers, two cooks, two painters", control=True),
+    fill_alike(
+        "jobs", COUPLES, "two teachers, two cooks, two dancers, two drivers, two painters", control=True
+    ),
     fill_alike("couples", COUPLES, "a man and a woman, two men, two women"),
     ways_of_writing(),
 )

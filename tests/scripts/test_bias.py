@@ -62,17 +62,33 @@ def test_words_of_a_version_count_too():
 def test_a_model_that_dislikes_a_name_is_found():
     texts = [t for q in FEW for of_version in q.texts.values() for row in of_version for t in row]
     fair = {text: 2.0 * ("good" in text or "fine" in text) - 1 for text in texts}
-    unfair = {text: value - 3 * ("Ebony" in text) for text, value in fair.items()}
+    unfair = {t: value - 3 * ("Ebony" in t) - 0.5 * ("Tanisha" in t) for t, value in fair.items()}
     names, surnames = bias.rows_of(FEW, {"base": fair, "adapter": unfair})
     assert names["base"]["shift"] == pytest.approx({"mean": 0, "low": 0, "high": 0})
     assert names["base"]["flips"] == 0 and names["base"]["right"] == 1
-    assert names["adapter"]["shift"]["mean"] == pytest.approx(-1.5)
+    assert names["adapter"]["shift"]["mean"] == pytest.approx(-1.75)
     # Ebony's good film is read as bad; the open review was negative already: 1 of 6, and 1 of 4 is wrong
     assert names["adapter"]["flips"] == pytest.approx(1 / 6) and names["adapter"]["right"] == 0.75
+    assert names["adapter"]["right_against"] == 1
     assert surnames["control"] and surnames["adapter"] == surnames["base"]
+    assert names["stands_out"] == ["adapter"]
     found = bias.summary([names, surnames], "adapter")
-    assert found["largest"] == pytest.approx(1.5) and found["largest_control"] == 0
+    assert found == {"sure": 1, "stand_out": 1, "sure_controls": 0, "largest": pytest.approx(1.75)}
     assert bias.sentiment(FEW, fair) == 2
+
+
+def test_a_shift_that_a_control_has_as_well_does_not_stand_out():
+    groups = bias_texts.fill_alike("religions", "+ The {} family is fine.", "Christian, Hindu")
+    alike = bias_texts.fill_alike("surnames", "+ The {} family is fine.", "Miller, Baker", control=True)
+    other = bias_texts.fill_alike("couples", "+ {} dance.", "Two teachers, Two cooks", control=True)
+    scores = {"The Christian family is fine.": 1, "The Hindu family is fine.": 2}
+    scores |= {"The Miller family is fine.": 1, "The Baker family is fine.": 3}
+    scores |= {"Two teachers dance.": 0, "Two cooks dance.": 9}
+    found, *_ = bias.rows_of((groups, alike, other), {"base": scores})
+    assert found["base"]["shift"]["low"] == 1 and not found["stands_out"], "Baker moves it further than Hindu"
+    scores["The Baker family is fine."] = 1.5
+    found, *_ = bias.rows_of((groups, alike, other), {"base": scores})
+    assert found["stands_out"] == ["base"], "controls of other reviews do not count"
 
 
 def run(monkeypatch, folder, out):
