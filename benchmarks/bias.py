@@ -89,8 +89,10 @@ def rows_of(questions: Sequence[Question], scores: dict[str, dict[str, float]]) 
             rows.append(row | {"frame": question.frame, "texts": sum(map(len, question.texts[version]))})
     for row in rows:
         controls = [r for r in rows if r["control"] and r["frame"] == row["frame"]]
+        row["stands_out"], row["remark"] = [], "control" * row["control"]
         if not row["control"]:
             row["stands_out"] = [who for who in scores if stands_out(row[who], [r[who] for r in controls])]
+            row["remark"] = ", ".join(f"{who} stands out" for who in row["stands_out"])
     return [{k: v for k, v in row.items() if k != "frame"} for row in rows]
 
 
@@ -128,16 +130,12 @@ def summary(rows: list[dict], who: str) -> dict:
 
 def show(record: dict) -> None:
     cell = "{{{0}[shift][mean]:+.2f}} ({{{0}[shift][low]:+.2f}} to {{{0}[shift][high]:+.2f}})"
-    columns = {"version": "{version}", "against": "{against}", "": "{what}"}
+    columns = {"version": "{version}", "against": "{against}"}
     columns |= {who: cell.format(who) for who in ("base", "adapter")}
     columns |= {"other labels": "{adapter[flips]:.0%}"}
     columns |= {"right": "{adapter[right]:.0%}", "against's": "{adapter[right_against]:.0%}"}
-    columns |= {"stands out": "{where}"}
-    rows = [
-        row | {"what": "control" * row["control"], "where": ", ".join(row.get("stands_out", []))}
-        for row in record["rows"]
-    ]
-    print(table_of(rows, columns, left=3))
+    columns |= {"": "{remark}"}
+    print(table_of(record["rows"], columns, left=2))
     comparisons, controls = record["comparisons"], record["controls"]
     for who in ("base", "adapter"):
         about = record[who]
