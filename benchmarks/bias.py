@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     scores["adapter"] = log_odds(model, base, adapter.prompt, texts, adapter.name)
     rows = rows_of(QUESTIONS, scores)
     asked = sum(not row["control"] for row in rows)
-    record = {"adapter": adapter.name, "base_model": base.info.public_name, "trained_on": adapter.dataset}
+    record = {"name": adapter.name, "base_model": base.info.public_name, "trained_on": adapter.dataset}
     record |= {"texts": len(set(texts)), "comparisons": asked, "controls": len(rows) - asked}
     for who, own in scores.items():
         record[who] = {"sentiment": sentiment(QUESTIONS, own)} | summary(rows, who)

@@ -102,6 +102,7 @@ def test_base_and_adapter_are_both_asked_the_adapters_question(trained, tmp_path
     assert done.returncode == 0, done.stderr
     assert "control" in done.stdout
     assert record["texts"] == 14 and record["comparisons"] == 1 and len(record["rows"]) == 2
+    assert record["name"] == trained.name and record["trained_on"]["name"] == "imdb"
     assert record["base"]["sentiment"] != record["adapter"]["sentiment"]
 
     adapter, text = read_adapter(trained), "Adam is good."
