@@ -8,7 +8,7 @@ RESULTS := benchmarks/results
 override REVIEW := $(value REVIEW)
 export REVIEW
 
-.PHONY: run test figures results help setup clean
+.PHONY: run test figures course results slides help setup clean
 
 help:  ## what there is
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
@@ -24,6 +24,13 @@ figures: .venv/tested  ## fill the measured numbers into README, docs and the no
 	$(BIN)/python benchmarks/figures.py
 	$(BIN)/python notebooks/make_notebook.py
 	$(BIN)/python notebooks/make_lessons.py
+
+course: .venv/tested  ## all of the course from nothing: run the lessons, build the slides, check the claims
+	$(BIN)/python benchmarks/figures.py --check
+	$(BIN)/python notebooks/make_lessons.py --check
+	$(BIN)/python benchmarks/lessons.py --out course-run
+	$(BIN)/python docs/slides/build.py
+	$(BIN)/python benchmarks/claims.py
 
 # One after the other: they want the machine to themselves. Parity needs llama.cpp/build.sh to have run.
 results: .venv/installed  ## measure again (several hours; all but the longer run and its transfer), then fill it in
@@ -55,7 +62,9 @@ results: .venv/installed  ## measure again (several hours; all but the longer ru
 	cp qlora-out/report.json $(RESULTS)/default_run.json
 	$(BIN)/python quant_llama32_4bit_lora.py --ledger --adapter qlora-out --output-dir quant-out \
 	  >$(RESULTS)/lab/adapter_ledger.txt 2>&1
-	$(BIN)/python qlora_inference.py --evaluate --shots 0 4 16 32 --eval-samples 200 >$(RESULTS)/shots.txt
+	$(BIN)/python qlora_inference.py --evaluate --shots 0 4 16 32 --eval-samples 100 >$(RESULTS)/shots.txt
+	$(BIN)/python qlora_finetune.py --find-lr >$(RESULTS)/find_lr.txt
+	$(BIN)/python qlora_finetune.py --preview --samples 400 >$(RESULTS)/preview.txt
 	$(BIN)/python benchmarks/bias.py
 	$(BIN)/python llama.cpp/parity.py --imatrix --eval-samples 200
 	cp gguf-out/parity.json gguf-out/parity.md gguf-out/parity.png $(RESULTS)/parity/nf4/
@@ -66,6 +75,9 @@ results: .venv/installed  ## measure again (several hours; all but the longer ru
 	$(BIN)/python llama.cpp/parity.py --adapter q4-run --types Q8_0 --output-dir gguf-q4
 	cp gguf-q4/parity.json gguf-q4/parity.md gguf-q4/parity.png $(RESULTS)/parity/q4_1/
 	$(MAKE) figures
+
+slides:  ## the course as slides: HTML and, with Chromium, PDF in docs/slides/build (needs Node.js)
+	$(PYTHON) docs/slides/build.py
 
 setup: .venv/installed  ## only make .venv and install requirements.txt into it
 
