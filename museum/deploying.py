@@ -73,7 +73,7 @@ rslora_unscaled = Bug(
     lambda job: replace(job, write=forget_rslora),
     acts_at_full_strength,
     lambda run: {**as_deployed(run), "the base alone": f"{run.answer_loss('base'):.2f}"},
-    lambda job, folder: replace(job, variant="rslora", alpha=8),
+    lambda job, folder: replace(job, variant="rslora", alpha=8),  # 8/sqrt(16) = 2, as 32/16
 )
 
 

@@ -45,26 +45,27 @@ def mean(values: list[float]) -> float:
 
 
 def look(bug: Bug, run: Run) -> dict:
-    """What is seen and measured of one run; its folder's name is none of the reader's business."""
-    said = message_of(bug.check, run).replace(f"{run.folder}", run.folder.name)
+    """What is seen and measured of one run; where its folders are is none of the reader's business."""
+    said = message_of(bug.check, run).replace(f"{run.folder.parent}/", "")
     return {"losses": run.losses, "measured": bug.measure(run), "said": said}
 
 
 def visit(bug: Bug, job: Job) -> dict:
     """Train and deploy a healthy job and the planted one; what both showed."""
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        healthy_job = bug.stage(job, Path(scratch))
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name).resolve()
+        healthy_job = bug.stage(job, scratch)
         planted_job = bug.plant(healthy_job)
-        run = deploy(train(healthy_job), healthy_job, Path(scratch) / "adapter")
+        run = deploy(train(healthy_job), healthy_job, scratch / "adapter")
         healthy = look(bug, run)
         shared = same_training(healthy_job, planted_job)
         if not shared:
             del run  # one model at a time
             gc.collect()
             run = train(planted_job)
-        shutil.rmtree(Path(scratch) / "adapter")
-        planted = look(bug, deploy(run, planted_job, Path(scratch) / "adapter"))
+        shutil.rmtree(scratch / "adapter")
+        planted = look(bug, deploy(run, planted_job, scratch / "adapter"))
     caught = bool(planted["said"]) and not healthy["said"]
     found = {"name": bug.name, "caught": caught, "shared": shared, "healthy": healthy, "planted": planted}
     return found | {"seconds": round(time.perf_counter() - started, 1)}
@@ -100,11 +101,10 @@ def told(name: str, text: str) -> None:
 
 def as_record(found: dict) -> dict:
     """For a result file: the ends of the loss curves, what was measured, what was said."""
-    ends = {}
+    record = {**found, "title": TEXTS[found["name"]].title, "what": next(iter(found["healthy"]["measured"]))}
     for name in ("healthy", "planted"):
-        losses = found[name]["losses"]
-        ends[name] = found[name] | {"losses": None, "first": mean(losses[:2]), "last": mean(losses[-5:])}
-        ends[name].pop("losses")
-        ends[name]["key"] = next(iter(found[name]["measured"].values()))
-    what = next(iter(found["healthy"]["measured"]))
-    return {**found, **ends, "title": TEXTS[found["name"]].title, "what": what}
+        losses, measured = found[name]["losses"], found[name]["measured"]
+        said = found[name]["said"].replace("|", "\\|")  # it stands in a table of docs/museum.md
+        ends = {"first": mean(losses[:2]), "last": mean(losses[-5:])}
+        record[name] = {**ends, "measured": measured, "key": next(iter(measured.values())), "said": said}
+    return record

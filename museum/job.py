@@ -202,7 +202,12 @@ def deploy(run: Run, job: Job, folder: Path) -> Run:
         run.model.peft_config["default"].base_model_name_or_path = run.base.info.public_name
         run.model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
-        rows = {"name": "rotten_tomatoes", "seed": job.seed, "samples": job.rows, "eval_samples": job.held_out}
+        rows = {
+            "name": "rotten_tomatoes",
+            "seed": job.seed,
+            "samples": job.rows,
+            "eval_samples": job.held_out,
+        }
         adapters.save_notes(folder, run.prompt, run.base.info, rows)
         run.tokenizer.save_pretrained(folder)
         job.write(folder)
