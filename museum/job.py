@@ -86,7 +86,7 @@ class Run:
     train_rows: list[Row]
     held_out: list[Row]
     examples: list[dict]
-    log: list[dict] = field(default_factory=list)  # step, loss, grad_norm, learning_rate, applied
+    log: list[dict] = field(default_factory=list)  # what step() returns, with its number
     batches: list[dict] = field(default_factory=list)  # what each step was given
     folder: Path | None = None  # of the deployed adapter
     merged: torch.nn.Module | None = None  # with job.onto

@@ -101,7 +101,7 @@ masked_by_pad_id = Bug(
 def split_with_duplicates(train: int, held_out: int, seed: int) -> tuple[list, list]:
     """A file that has each row twice, shuffled and cut in two."""
     rows = split_rows((train + held_out) // 2, 1, seed)[0]
-    twice = rows + rows
+    twice = rows + [replace(row) for row in rows]
     order = torch.randperm(len(twice), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [twice[i] for i in order]
     return shuffled[held_out : held_out + train], shuffled[:held_out]

@@ -27,7 +27,8 @@ def tiny(folder: Path, seed: int = 0) -> str:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
+        initializer_range=0.15,  # with the usual 0.02 so narrow a model can't make one token likely
         **ids,
     )
     note("           making a random model of two layers …")
@@ -68,10 +69,14 @@ def with_large_numbers(of: str, folder: Path, examples: list[dict]) -> str:
 
 @torch.no_grad()
 def largest_of_channels(model, mlp, examples: list[dict]) -> Iterator[torch.Tensor]:
-    """Of each row the largest input of down_proj, channel by channel (channels,)."""
-    seen = []
-    hook = mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].abs()))
+    """Of each row the largest number that a channel between up_proj and down_proj holds (channels,)."""
+    seen: list[torch.Tensor] = []
+    hooks = [
+        mlp.up_proj.register_forward_hook(lambda module, args, output: seen.append(output.abs())),
+        mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].abs())),
+    ]
     for example in examples:
         model(collate([example], 0)["input_ids"])
-        yield seen.pop()[0].amax(0)
-    hook.remove()
+        yield torch.maximum(seen.pop(), seen.pop())[0].amax(0)
+    for hook in hooks:
+        hook.remove()
