@@ -13,7 +13,7 @@ class MuseumSettings:
     bug: Positional[Optional[str]] = None
     # All of them, one after the other.
     all: bool = False
-    # --all or one bug: also write what was measured into this file.
+    # --all or one bug: also keep what was measured in this file, in place of the bug's earlier record.
     json: Optional[Path] = None
     # Plant one of ten bugs in a run, show nothing but its symptoms, and leave the run in --output-dir.
     riddle: Optional[int] = None
