@@ -26,7 +26,7 @@ def pose(s: MuseumSettings) -> None:
     folder = s.output_dir / f"riddle-{s.riddle}"
     if folder.exists():
         raise UsageError(f"{folder} is there already; look into it, or delete it to run the riddle again")
-    usual = Job(s.model, rows=40, steps=40, max_length=64, variant="rslora", alpha=8, seed=100 + s.riddle)
+    usual = Job(s.model, rows=32, steps=32, max_length=64, variant="rslora", alpha=8, seed=100 + s.riddle)
     job = BUGS[answer_of(s.riddle)].plant(usual)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with staged(folder) as part:

@@ -56,10 +56,10 @@ class Job:
     model: str = BUNDLED
     precision: str = "nf4"
     lane: str = "fp32"  # how products are computed; "": transformers, PEFT and bitsandbytes as they are
-    rows: int = 80
+    rows: int = 64
     held_out: int = 24
     max_length: int = 96
-    steps: int = 20
+    steps: int = 16
     rate: float = 1e-3
     variant: str = "lora"
     alpha: int = 32
