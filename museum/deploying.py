@@ -53,8 +53,8 @@ def said(run: Run, who: str, scaled: dict | None = None) -> Replies:
 def at_other_strengths(run: Run) -> dict[float, np.ndarray]:
     """{strength: log-odds of the first rows}; what a lost or wrongly scaled adapter would say."""
     root, scaled = run.model.peft_config["default"].r ** 0.5, {}
-    few = replace(run, held_out=run.held_out[:SCALED_ROWS])
     for strength in (0, 1 / root, 0.5, 1, 2, root):
+        few = replace(run, held_out=run.held_out[:SCALED_ROWS], known={})
         with scaled_by(run.model, strength):
             scaled[strength] = few.odds("trained")
     return scaled

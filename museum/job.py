@@ -91,6 +91,7 @@ class Run:
     folder: Path | None = None  # of the deployed adapter
     merged: torch.nn.Module | None = None  # with job.onto
     merged_base: BaseInfo | None = None
+    known: dict[str, np.ndarray] = field(default_factory=dict)  # scores of the held-out rows, by who
 
     @property
     def tokenizer(self):
@@ -126,10 +127,15 @@ class Run:
         return [ask(self.tokenizer, self.prompt, row.text) for row in rows or self.held_out]
 
     def scores(self, who: str, rows: list[Row] | None = None) -> np.ndarray:
-        """log P of each answer (rows, answers)."""
+        """log P of each answer (rows, answers); those of the held-out rows are computed once."""
+        if rows is None and who in self.known:
+            return self.known[who]
         with self.acting_as(who) as model:
             by = self.job.score if who == "deployed" else score
-            return by(model, self.asked(who, rows), self.answers())
+            found = by(model, self.asked(who, rows), self.answers())
+        if rows is None:
+            self.known[who] = found
+        return found
 
     def odds(self, who: str) -> np.ndarray:
         """log P(positive) - log P(negative) of each held-out row."""
@@ -138,8 +144,8 @@ class Run:
 
     def right(self, who: str, rows: list[Row] | None = None) -> str:
         """'19 of 24': rows whose likelier answer is the true one."""
-        rows = rows or self.held_out
         said = self.scores(who, rows).argmax(1)
+        rows = rows or self.held_out
         return f"{sum(a == row.label for a, row in zip(said, rows))} of {len(rows)}"
 
     def answer_loss(self, who: str) -> float:
@@ -216,7 +222,8 @@ def deploy(run: Run, job: Job, folder: Path) -> Run:
             run.model.delete_adapter("deployed")
         run.model.load_adapter(str(folder), "deployed", is_trainable=False)
         run.model.set_adapter("default")
-    run = replace(run, job=job, folder=folder, merged=None)
+    known = {who: scores for who, scores in run.known.items() if who != "deployed"}
+    run = replace(run, job=job, folder=folder, merged=None, known=known)
     if job.onto:
         other = load_base(job.onto, job.precision, run.base.hardware)
         run.merged, _ = merged_model("dequantized", adapters.read_adapter(folder), other, "fp32")
