@@ -71,9 +71,12 @@ eval_repacks = Bug(
 )
 
 
+CHANNEL_ROWS = 24  # by which the channel is chosen
+
+
 def large_numbers(job: Job, folder: Path) -> Job:
     job = on_tiny(job, folder)
-    rows, _ = split_rows(job.rows, job.held_out, job.seed)
+    rows, _ = split_rows(CHANNEL_ROWS, job.held_out, job.seed)
     prompt = prompts.choose_format("lm", "labels", (), job.max_length)
     examples = encode(load_tokenizer(Path(job.model)), prompt, rows)
     large = models.with_large_numbers(job.model, folder / "large", examples)

@@ -16,13 +16,21 @@ from museum.texts import TEXTS
 from qlora.training import guards
 
 PAGE = (ROOT / "docs" / "museum.md").read_text()
-# What the real guard says; the rest of its sentence are figures.
+# What the real guard says; the rest of its sentence are figures. The last three make a model of their own.
 SAID = {
     "labels-masked": "guard 'labels_present': ",
     "end-masked": "guard 'end_supervised': 0 of 64 answers end with a supervised end token",
+    "pad-by-id": "guard 'end_supervised': 0 of 64 answers end with a supervised end token",
+    "duplicates-leaked": "held-out rows are training rows as well",
     "doubled-bos": "BOS is doubled: the file puts '<|im_start|>' before a prompt that begins with it",
+    "wrong-template": "another chat template: at token 0 the file has '### Instruction:",
     "adapter-not-applied": "28 of 28 matrices are missing",
+    "rslora-unscaled": "it acts like 0.25 times what was trained",
+    "fp16-overflow": "guard 'finite': loss is nan at step",
+    "eval-repacks": "guard 'nothing_repacked': an evaluation changed LoRA gradients",
+    "merged-into-wrong-base": "whose weights or tokenizer have changed since",
 }
+OWN_MODEL = list(SAID)[-3:]
 
 
 def museum(*flags):
@@ -35,7 +43,7 @@ def one_line(text: str) -> str:
 
 @pytest.mark.parametrize("name", SAID)
 def test_a_bug_is_planted_and_caught(name, tiny_folder):
-    done = museum(name, "--model", tiny_folder)
+    done = museum(name, *([] if name in OWN_MODEL else ["--model", tiny_folder]))
     assert done.returncode == 0, done.stdout + done.stderr
     assert SAID[name] in one_line(done.stdout)
     assert "caught" in done.stdout and "missed" not in done.stdout
@@ -149,9 +157,7 @@ def names_in(text: str) -> set[str]:
     return {name for name in TEXTS if name in text}
 
 
-@pytest.mark.parametrize(
-    "number", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 5, 6, 7, 9, 10))]
-)
+@pytest.mark.parametrize("number", range(1, riddles.COUNT + 1))
 def test_a_riddle_leaves_what_is_needed_and_does_not_tell(number, tiny_folder, tmp_path):
     done = pose(number, tiny_folder, tmp_path)
     assert done.returncode == 0, done.stderr
