@@ -10,6 +10,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.nn.modules import has_avx512bf16
 
+from config import SENTIMENT_ANSWERS
 from museum import models
 from museum.bug import Bug, hold
 from museum.job import Job, Run, encode, split_rows, with_lora
@@ -71,13 +72,13 @@ eval_repacks = Bug(
 )
 
 
-CHANNEL_ROWS = 24  # by which the channel is chosen
+CHANNEL_ROWS = 40  # by which the channel is chosen
 
 
 def large_numbers(job: Job, folder: Path) -> Job:
     job = on_tiny(job, folder)
     rows, _ = split_rows(CHANNEL_ROWS, job.held_out, job.seed)
-    prompt = prompts.choose_format("lm", "labels", (), job.max_length)
+    prompt = prompts.choose_format("sentiment", "labels", SENTIMENT_ANSWERS, job.max_length)
     examples = encode(load_tokenizer(Path(job.model)), prompt, rows)
     large = models.with_large_numbers(job.model, folder / "large", examples)
     return replace(job, model=large, precision="fp32", rate=2e-3)

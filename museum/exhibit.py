@@ -30,7 +30,7 @@ def sparkline(values: list[float], low: float, high: float) -> str:
 
 def curves(losses: dict[str, list[float]]) -> list[str]:
     """'loss, healthy  █▅▂▁  5.91 -> 0.42', on one scale for all."""
-    every = [max(value, 1e-3) for values in losses.values() for value in values]
+    every = [max(value, 0.05) for values in losses.values() for value in values]
     ends = {name: (mean(values[:2]), mean(values[-5:])) for name, values in losses.items()}
     longest = max(map(len, losses))
     return [

@@ -59,8 +59,8 @@ TEXTS = {
     ),
     "rate-too-high": Text(
         "The learning rate is a hundred times too high",
-        "The first steps throw the model far away, and what comes back only knows the shares of the two "
-        "answers. Its loss ends near that of guessing, which on two labels looks like progress.",
+        "The first steps throw the model far away, and what comes back only knows that there are two "
+        "answers. The loss falls again for the rest of the run, which looks like learning.",
         "python qlora_finetune.py --find-lr tries five rates; start from 5e-4",
         "qlora/training/forgetting.py: the loss on neutral text (each run's report has it)",
         ("haotian-liu/LLaVA#1301",),

@@ -88,6 +88,9 @@ def test_the_recorded_run_caught_all():
     recorded = json.loads((ROOT / "benchmarks/results/museum.json").read_text())["bugs"]
     assert [bug["name"] for bug in recorded if bug["caught"]] == list(TEXTS)
     assert max(bug["seconds"] for bug in recorded) < 120
+    overflow = next(bug for bug in recorded if bug["name"] == "fp16-overflow")
+    finite, steps = map(int, overflow["planted"]["key"].split(" of "))
+    assert steps / 2 < finite < steps  # most steps are healthy, or the curve would not look so
 
 
 # Riddles
@@ -142,11 +145,11 @@ def find(folder: Path) -> str:
         return "doubled-bos"
     if asked[:4] != read_in_training[:4]:
         return "wrong-template"
-    if off("deployed", "deployed_alone") > 0.05:
+    if off("deployed", "deployed_alone") > 1e-3:
         return "padding-attended"
     if off("deployed_alone", "base") < 1e-4:
         return "adapter-not-applied"
-    return "rslora-unscaled" if off("deployed_alone", "trained") > 0.01 else "nothing"
+    return "rslora-unscaled" if off("deployed_alone", "trained") > 1e-3 else "nothing"
 
 
 def pose(number: int, model: Path, out: Path):
