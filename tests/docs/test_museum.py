@@ -49,6 +49,15 @@ def test_a_bug_is_planted_and_caught(name, tiny_folder):
     assert "caught" in done.stdout and "missed" not in done.stdout
 
 
+def test_without_the_kernel_its_effect_is_planted_and_said(monkeypatch):
+    from museum import arithmetic
+
+    monkeypatch.setattr(arithmetic, "has_avx512bf16", lambda: False)
+    done = museum("eval-repacks")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 layers repacked" in one_line(done.stdout) and "planted by hand" in one_line(done.stdout)
+
+
 def test_a_guard_that_is_off_is_seen(tiny_folder, monkeypatch):
     monkeypatch.setattr(guards, "labels_present", lambda *_: None)
     done = museum("labels-masked", "--model", tiny_folder)
