@@ -82,6 +82,7 @@ class Reader:
         shared = shares_batches(model, adapter.peft_name)
         self.passes = [(slice(0, 2), nullcontext, together)] if shared else apart
 
+    @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
         model, found = self.models.model, []
         for i, (rows, switched, named) in enumerate(self.passes):
