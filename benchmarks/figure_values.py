@@ -20,6 +20,7 @@ FORMATS = {
     "spread": lambda v: f"{v['mean']:.1%}" + ("" if v["half"] is None else f" ± {100 * v['half']:.1f}"),
     "around": lambda v: f"{v['mean']:.3f}" + ("" if v["half"] is None else f" ± {v['half']:.3f}"),
     "interval": lambda v: f"{v['accuracy']:.1%} ({100 * v['low']:.1f} to {100 * v['high']:.1f})",
+    "shift": lambda v: f"{v['mean']:+.2f} ({v['low']:+.2f} to {v['high']:+.2f})",
     "survival": lambda v: f"{v['share']:.0%} ({100 * v['low']:.0f} to {100 * v['high']:.0f})",
 }
 OPERATIONS = {

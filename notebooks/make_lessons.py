@@ -23,7 +23,7 @@ NOTEBOOKS = ROOT / "notebooks" / "lessons"
 
 CELL = r"<!--cell ([\w-]+)-->\n```(python|sh)\n(.*?)```\n"
 OUTPUT = r"<!--block lessons/\S+\n.*?-->\n```\w*\n.*?```\n|^!\[[^\]]*\]\(\S*results/lessons/\S+\)\n"
-MARKER = r"<!--/?(?:fig|table|flags|block)\b.*?-->\n?"
+MARKER = r"<!--(?:block|table|flags)\b.*?-->\n|<!--/?(?:fig|block|table|flags)\b.*?-->"
 LINK = r"(\]\()(?!https?://|#|mailto:)([^)\s]+\))"
 
 SETUP = """
