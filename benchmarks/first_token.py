@@ -1,8 +1,8 @@
 """How long does the playground let one wait? From the click to the first token of both answers, over HTTP.
 
-    python benchmarks/playground.py   # about two minutes on two slow cores; writes results/playground.json
-    python benchmarks/playground.py --adapter none --rounds 2 --out /tmp/playground.json
-    python benchmarks/playground.py --picture docs/playground.png   # only the page's picture, by Chromium
+    python benchmarks/first_token.py   # about two minutes on two slow cores; writes results/playground.json
+    python benchmarks/first_token.py --adapter none --rounds 2 --out /tmp/playground.json
+    python benchmarks/first_token.py --picture docs/playground.png   # only the page's picture, by Chromium
 
 Starts `python playground.py` as a user would, and asks as its page does. Three reviews, the longest as long
 as the adapter reads; every one is another text, so that nothing can be kept from the one before.
