@@ -4,6 +4,7 @@ REVIEW ?= The plot is thin, but the actors are wonderful and I left the cinema w
 OUT ?= qlora-out
 BIN := .venv/bin
 RESULTS := benchmarks/results
+SLIDES := $(BIN)/python docs/slides/build.py
 # As it was typed: quotes, dollars and backticks are the review's, not make's or the shell's.
 override REVIEW := $(value REVIEW)
 export REVIEW
@@ -29,52 +30,13 @@ course: .venv/tested  ## all of the course from nothing: run the lessons, build 
 	$(BIN)/python benchmarks/figures.py --check
 	$(BIN)/python notebooks/make_lessons.py --check
 	$(BIN)/python benchmarks/lessons.py --out course-run
-	$(BIN)/python docs/slides/build.py
+	$(SLIDES)
 	$(BIN)/python benchmarks/claims.py
 
-# One after the other: they want the machine to themselves. Parity needs llama.cpp/build.sh to have run.
-results: .venv/installed  ## measure again (several hours; all but the longer run and its transfer), then fill it in
-	@test ! -e qlora-out || { echo "error: move qlora-out/ away: the default run is measured from the start" >&2; exit 1; }
-	$(BIN)/python benchmarks/training_speed.py
-	$(BIN)/python benchmarks/training_speed.py --sweep
-	$(BIN)/python benchmarks/gradient_error.py
-	$(BIN)/python benchmarks/young_adapters.py
-	$(BIN)/python benchmarks/lora_variants.py
-	$(BIN)/python benchmarks/packing.py
-	$(BIN)/python benchmarks/preferences.py
-	$(BIN)/python benchmarks/watching.py
-	$(BIN)/python benchmarks/methods.py
-	$(BIN)/python benchmarks/generation.py
-	$(BIN)/python benchmarks/memory_prediction.py
-	$(BIN)/python benchmarks/timings.py
-	$(BIN)/python benchmarks/waiting.py
-	$(BIN)/python benchmarks/faults.py
-	$(BIN)/python benchmarks/faults.py --cost
-	$(BIN)/python benchmarks/injection.py
-	$(BIN)/python quant_llama32_4bit_lora.py --output-dir $(RESULTS)/lab >$(RESULTS)/lab/demo.txt 2>&1
-	$(BIN)/python quant_llama32_4bit_lora.py --output-dir $(RESULTS)/lab --compare fp32 bf16 int8 int8-dynamic int8-static \
-	  w4a8 fp4 nf4 nf4-dq gptq awq int4 int4-g64 int4-sym int4-sym-g64 mxfp4 nvfp4 >$(RESULTS)/lab/compare.txt 2>&1
-	$(BIN)/python benchmarks/rehearsal.py
-	$(BIN)/python quant_llama32_4bit_lora.py --plan --gpus 2 --model llama-3.1-70b --batch-size 1 \
-	  --gradient-checkpointing --output-dir quant-out-70b
-	cp quant-out-70b/quantization.json $(RESULTS)/plan_70b.json
-	$(MAKE) run >$(RESULTS)/default_run.log 2>&1
-	cp qlora-out/report.json $(RESULTS)/default_run.json
-	$(BIN)/python quant_llama32_4bit_lora.py --ledger --adapter qlora-out --output-dir quant-out \
-	  >$(RESULTS)/lab/adapter_ledger.txt 2>&1
-	$(BIN)/python qlora_inference.py --evaluate --shots 0 4 16 32 --eval-samples 100 >$(RESULTS)/shots.txt
-	$(BIN)/python qlora_finetune.py --find-lr >$(RESULTS)/find_lr.txt
-	$(BIN)/python qlora_finetune.py --preview --samples 400 >$(RESULTS)/preview.txt
-	$(BIN)/python benchmarks/bias.py
-	$(BIN)/python llama.cpp/parity.py --imatrix --eval-samples 200
-	cp gguf-out/parity.json gguf-out/parity.md gguf-out/parity.png $(RESULTS)/parity/nf4/
-	$(BIN)/python benchmarks/verdicts.py
-	$(BIN)/python benchmarks/doctor.py
-	$(BIN)/python benchmarks/qat.py
-	$(BIN)/python qlora_finetune.py --model models/SmolLM2-135M-Instruct.Q4_1.gguf --output-dir q4-run --resume
-	$(BIN)/python llama.cpp/parity.py --adapter q4-run --types Q8_0 --output-dir gguf-q4
-	cp gguf-q4/parity.json gguf-q4/parity.md gguf-q4/parity.png $(RESULTS)/parity/q4_1/
-	$(MAKE) figures
+# benchmarks/results.toml has what runs, in which order. `make`, not its variable: a line that has that one is
+# run by `make -n`, too, and this one takes hours.
+results: .venv/tested  ## measure again all that this machine can (many hours), then fill it in
+	$(BIN)/python benchmarks/results.py; code=$$?; make figures && exit $$code
 
 slides:  ## the course as slides: HTML and, with Chromium, PDF in docs/slides/build (needs Node.js)
 	$(PYTHON) docs/slides/build.py

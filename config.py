@@ -337,6 +337,30 @@ class InferSettings:
 
 
 @dataclass
+class PlaygroundSettings:
+    # Adapter folder, or owner/name of the hub; give the flag once per adapter. Default: qlora-out and the
+    # adapters of the same base in other folders here; where there are none, the base alone.
+    adapter: UseAppendAction[tuple[str, ...]] = ()
+    # The base. auto: the one that the first adapter was trained on, without an adapter the bundled one.
+    model: str = "auto"
+    # auto: an NVIDIA GPU if one can be used, else the CPU. cuda: refuse to run without one.
+    device: Device = "auto"
+    # In what a CPU multiplies the frozen weights. auto: fp32, or what wins a short trial by 15%. libraries:
+    # transformers, PEFT and bitsandbytes as they are.
+    lane: Lane = "auto"
+    # The one to begin with; the page can switch. auto: what the first adapter was trained on.
+    precision: Literal["auto", Precision] = "auto"
+    # Tokens of an answer at the most; the page can change it.
+    max_new_tokens: int = 48
+    # Makes sampling repeatable; base and adapter draw by the same random numbers.
+    seed: int = 42
+    # Where the page is served. Another address than this one lets other machines use it, without a password.
+    host: str = "127.0.0.1"
+    # Its port.
+    port: int = 7860
+
+
+@dataclass
 class DemoSettings(ModelSettings):
     # How to hold the weights (of every part but --compare). auto: nf4, or as a GPTQ or AWQ model is.
     precision: Literal["auto", Precision] = "auto"

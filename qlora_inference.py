@@ -191,19 +191,12 @@ def choose_base(s: InferSettings, chosen: list):
 
 def to_ids(s: InferSettings, adapter, base, text: str) -> list[int]:
     """The prompt as training wrote it (the adapter's own), or a plain chat message."""
-    prompt = adapter and not s.plain and adapter.prompt
-    if prompt and prompt.objective != "chat":
-        text = prompts.clean(text)  # as rows are when they are read; a message stays as it is typed
+    prompt = None if s.plain or not adapter else adapter.prompt
+    ids, is_cut = prompts.typed_ids(base.tokenizer, prompt, text)
+    if is_cut:
+        note(f"note       longer than {prompt.max_length} tokens: only its end is read, as in training")
     if prompt and prompt.asks:
-        ids = prompts.sentiment_prompt(base.tokenizer, prompt, text)
-        if len(prompts.render(base.tokenizer, prompts.sentiment_messages(prompt, text), True)) > len(ids):
-            note(f"note       longer than {prompt.max_length} tokens: only its end is read, as in training")
         return ids
-    if prompt and prompt.objective == "lm":
-        ids = prompts.text_ids(base.tokenizer, text)
-    else:
-        thinking = bool(prompt and prompt.thinking)
-        ids = prompts.render(base.tokenizer, [{"role": "user", "content": text}], True, thinking)
     if len(ids) + s.max_new_tokens > base.context_length:
         both = f"the prompt's {len(ids)} tokens and --max-new-tokens {s.max_new_tokens}"
         raise UserError(f"{both} are over the {base.context_length} that the model reads; lower one of them")

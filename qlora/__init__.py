@@ -1,4 +1,4 @@
-"""The core: what more than one script needs. Its rooms: training/, lab/, memory/."""
+"""The core: what more than one script needs. Its rooms: training/, lab/, memory/, playground/."""
 
 import logging
 import os

@@ -46,6 +46,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "max_length": (lambda n: 8 <= n <= 1 << 20, "must be from 8 to 1,048,576 tokens"),
     "learning_rate": (lambda n: 0 < n < 1, "must be between 0 and 1"),
     "beta": (lambda n: 0 < n <= 100, "must be above 0 and at most 100"),
+    "port": (lambda n: 1 <= n < 1 << 16, "must be from 1 to 65,535"),
     "seed": (lambda n: 0 <= n < 2**32, "must be between 0 and 2**32 - 1"),
     "temperature": (lambda n: 0 <= n <= 100, "must be from 0 (greedy) to 100"),
     "top_p": (lambda n: 0 < n <= 1, "must be above 0 and at most 1"),

@@ -1,9 +1,11 @@
 """The one place that generates text."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, set_seed
 
 from qlora.fast import one_product
@@ -49,3 +51,59 @@ def generate(
     finally:
         lm.generation_config = shipped
     return out[:, longest:].tolist()
+
+
+@torch.inference_mode()
+def steps(
+    read: Callable[[Tensor], Tensor], ids: Tensor, length: int, sampling: Sampling, ends: Set[int]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Token by token, for who looks on: (next token of each row, the logits (rows, vocabulary) it is of).
+
+    `read` takes what is new, at first the prompts `ids` (rows, tokens), and returns the logits after it; the
+    cache is its own. All rows draw by the same random numbers, so that where they differ their models do. A
+    row that has ended goes on with its end token until all have, or `length` tokens are there.
+    """
+    dice = [torch.Generator().manual_seed(sampling.seed) for _ in ids]
+    ended: dict[int, int] = {}  # row -> its end token
+    for _ in range(length):
+        logits = read(ids)
+        chosen = [ended.get(i, -1) for i in range(len(logits))]
+        for i, row in enumerate(logits):
+            if i not in ended:
+                chosen[i] = draw(row, sampling, dice[i])
+                ended |= {i: chosen[i]} if chosen[i] in ends else {}
+        yield chosen, logits
+        if len(ended) == len(logits):
+            return
+        ids = torch.tensor(chosen)[:, None]
+
+
+def draw(logits: Tensor, sampling: Sampling, dice: torch.Generator) -> int:
+    """A token by its logits (vocabulary,): the likeliest, or by chance from next_distribution()."""
+    if not sampling.temperature:
+        return int(logits.argmax())
+    p = next_distribution(logits.cpu(), sampling.temperature, sampling.top_k, sampling.top_p)
+    return int(p.multinomial(1, generator=dice))
+
+
+def next_distribution(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Probabilities (vocabulary,) after temperature, then top-k, then top-p, as `generate` applies them.
+
+    log [0.5, 0.3, 0.2], top_p 0.7 -> [0.625, 0.375, 0]: the fewest tokens that reach 0.7 together.
+    """
+    p = (logits.double() / temperature).softmax(-1)
+    if top_k:  # equal logits at the border stay together: bf16 has few different values, so they happen
+        p = p.where(p >= p.topk(min(top_k, len(p))).values[-1], 0)
+        p = p / p.sum()
+    if top_p < 1:
+        rising, order = p.sort()  # cut from below, so that what goes is less than 1 - top_p
+        dropped = rising.cumsum(-1) <= 1 - top_p
+        dropped[-1] = False
+        p = p.index_fill(-1, order[dropped], 0)
+        p = p / p.sum()
+    return p
+
+
+def entropy_bits(p: Tensor) -> float:
+    """[0.5, 0.25, 0.25] -> 1.5"""
+    return torch.special.entr(p).sum().item() / math.log(2)

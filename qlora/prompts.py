@@ -173,6 +173,22 @@ def fitted_messages(tokenizer, prompt: PromptFormat, text: str, examples: Exampl
     return sentiment_messages(prompt, cut, examples)
 
 
+def typed_ids(tokenizer, prompt: PromptFormat | None, text: str) -> tuple[list[int], bool]:
+    """(token ids of what was typed, as training wrote its rows; whether its beginning did not fit).
+
+    Without a format it is an ordinary chat message.
+    """
+    if prompt and prompt.objective != "chat":
+        text = clean(text)  # as rows are when they are read; a message stays as it is typed
+    if prompt and prompt.asks:
+        ids = sentiment_prompt(tokenizer, prompt, text)
+        return ids, len(render(tokenizer, sentiment_messages(prompt, text), True)) > len(ids)
+    if prompt and prompt.objective == "lm":
+        return text_ids(tokenizer, text), False
+    thinking = bool(prompt and prompt.thinking)
+    return render(tokenizer, [{"role": "user", "content": text}], True, thinking), False
+
+
 def answer_ids(tokenizer, prompt: PromptFormat, label: int) -> list[int]:
     """Token ids of an answer and its end token, as the chat template writes them: 'positive' -> [16185, 2]"""
     return list(_answer_ids(tokenizer, prompt, label))

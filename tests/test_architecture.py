@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-SCRIPTS = {"quant_llama32_4bit_lora", "qlora_finetune", "qlora_inference"}
-ROOMS = {"training", "lab", "memory"}
+SCRIPTS = {"quant_llama32_4bit_lora", "qlora_finetune", "qlora_inference", "playground"}
+ROOMS = {"training", "lab", "memory", "playground"}
 DEPLOYMENT = {path.stem for path in (ROOT / "llama.cpp").glob("*.py")}
 PRODUCT = [*ROOT.glob("*.py"), *ROOT.glob("qlora/**/*.py"), *ROOT.glob("llama.cpp/*.py")]
 

@@ -1,13 +1,12 @@
 """What temperature, top-k and top-p do to the next token's distribution, and to the text."""
 
-import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from qlora.control_tokens import text_ids
-from qlora.generation import Sampling, generate
+from qlora.generation import Sampling, entropy_bits, generate, next_distribution
 from qlora.pictures import COLOURS, new_axes, save
 from qlora.tables import table, table_of
 
@@ -22,29 +21,6 @@ COOL, WARM, HOT = ({"temperature": t} for t in (0.7, 1.0, 1.5))
 SAMPLES = ({}, COOL, WARM, HOT, HOT | {"top_p": 0.9}, HOT | {"top_k": 5})  # {}: greedy
 SHOWN = 5  # tokens in the table
 REPEATED = 4  # tokens that are drawn again to see what the seed does
-
-
-def next_distribution(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Probabilities (vocabulary,) after temperature, then top-k, then top-p, as `generate` applies them.
-
-    log [0.5, 0.3, 0.2], top_p 0.7 -> [0.625, 0.375, 0]: the fewest tokens that reach 0.7 together.
-    """
-    p = (logits.double() / temperature).softmax(-1)
-    if top_k:  # equal logits at the border stay together: bf16 has few different values, so they happen
-        p = p.where(p >= p.topk(min(top_k, len(p))).values[-1], 0)
-        p = p / p.sum()
-    if top_p < 1:
-        rising, order = p.sort()  # cut from below, so that what goes is less than 1 - top_p
-        dropped = rising.cumsum(-1) <= 1 - top_p
-        dropped[-1] = False
-        p = p.index_fill(-1, order[dropped], 0)
-        p = p / p.sum()
-    return p
-
-
-def entropy_bits(p: Tensor) -> float:
-    """[0.5, 0.25, 0.25] -> 1.5"""
-    return torch.special.entr(p).sum().item() / math.log(2)
 
 
 def show_sampling(base, prompt: str, seed: int, tokens: int = 12) -> dict:

@@ -27,6 +27,7 @@ SETTINGS = {
     "quant_llama32_4bit_lora.py": config.DemoSettings,
     "qlora_finetune.py": config.TrainSettings,
     "qlora_inference.py": config.InferSettings,
+    "playground.py": config.PlaygroundSettings,
     "llama.cpp/export.py": deployment.ExportSettings,
     "llama.cpp/parity.py": deployment.ParitySettings,
 }
