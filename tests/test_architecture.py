@@ -13,6 +13,7 @@ SCRIPTS = {"quant_llama32_4bit_lora", "qlora_finetune", "qlora_inference", "play
 ROOMS = {"training", "lab", "memory", "playground"}
 DEPLOYMENT = {path.stem for path in (ROOT / "llama.cpp").glob("*.py")}
 PRODUCT = [*ROOT.glob("*.py"), *ROOT.glob("qlora/**/*.py"), *ROOT.glob("llama.cpp/*.py")]
+MUSEUM = sorted(ROOT.glob("museum/*.py"))
 
 
 def imports(path: Path) -> set[str]:
@@ -45,9 +46,17 @@ def test_the_contract_names_every_core_module():
     assert set(contracts[1]["source_modules"]) == core
 
 
-@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*PRODUCT, *MUSEUM], ids=lambda path: str(path.relative_to(ROOT)))
 def test_nobody_imports_a_script(path):
     assert not imports(path) & SCRIPTS
+
+
+def test_the_museum_shows_training_and_nobody_needs_it():
+    assert MUSEUM
+    for path in MUSEUM:
+        assert rooms_of(imports(path)) <= {"training"}, path
+    for path in PRODUCT:
+        assert "museum" not in {name.split(".")[0] for name in imports(path)}, path
 
 
 def test_config_imports_nothing_heavy():
