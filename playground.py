@@ -67,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
-        served.server.force_exit = True  # an open page keeps a connection, which would be waited for
-        served.close(verbose=False)
+        page.stop(served)
         note()
 
 

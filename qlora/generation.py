@@ -53,7 +53,6 @@ def generate(
     return out[:, longest:].tolist()
 
 
-@torch.inference_mode()
 def steps(
     read: Callable[[Tensor], Tensor], ids: Tensor, length: int, sampling: Sampling, ends: Set[int]
 ) -> Iterator[tuple[list[int], Tensor]]:

@@ -60,7 +60,7 @@ def untrained_is_the_base() -> Truth:
     peft = with_lora(model)
     a, b = (torch.cat([p.flatten() for n, p in peft.named_parameters() if f"lora_{m}" in n]) for m in "AB")
     same = torch.equal(peft(input_ids=ids).logits, before)
-    text = f"std of A {a.std():.3f}, largest |B| {b.abs().max():g}: logits are "
+    text = f"A has a standard deviation of {a.std():.3f}, B of {b.std():g}: logits are "
     return Truth(same and a.std() > 0, text + ("the base's, bit for bit" if same else "not the base's"))
 
 

@@ -39,7 +39,7 @@ class Reply:
     logits: Tensor  # (rows, vocabulary) after the prompt, fp32 on the CPU
     first_seconds: float  # from the call to the first token
     tokens: list[list[int]] = field(default_factory=list)  # of each row, the end token included
-    seconds: float = 0.0
+    seconds: float = 0.0  # of reading and writing, so far
 
 
 def ask(models: Models, name: str | None, text: str, plain: bool, how: tuple[int, Sampling]) -> Asked:
@@ -82,6 +82,7 @@ class Reader:
         shared = shares_batches(model, adapter.peft_name)
         self.passes = [(slice(0, 2), nullcontext, together)] if shared else apart
 
+    @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
         model, found = self.models.model, []
         for i, (rows, switched, named) in enumerate(self.passes):
@@ -108,19 +109,20 @@ def shares_batches(model, name: str) -> bool:
 
 def reply(models: Models, asked: Asked) -> Iterator[Reply]:
     """The same object after each token, until all rows have ended."""
-    tokenizer, started = models.base.tokenizer, time.perf_counter()
+    tokenizer, resumed = models.base.tokenizer, time.perf_counter()
     reader, ends = Reader(models, asked.adapter), prompts.end_ids(tokenizer)
     ids = torch.tensor([asked.ids] * (1 + (asked.adapter is not None)))
     so_far = None
     for chosen, logits in generation.steps(reader, ids, asked.length, asked.sampling, ends):
-        seconds = time.perf_counter() - started
-        so_far = so_far or Reply([""] * len(ids), logits, seconds, [[] for _ in ids])
+        took = time.perf_counter() - resumed
+        so_far = so_far or Reply([""] * len(ids), logits, took, [[] for _ in ids])
         for i, token in enumerate(chosen):
             if not ends.intersection(so_far.tokens[i][-1:]):
                 so_far.tokens[i].append(token)
         so_far.texts = tokenizer.batch_decode(so_far.tokens, skip_special_tokens=True)
-        so_far.seconds = seconds
+        so_far.seconds += took
         yield so_far
+        resumed = time.perf_counter()  # what is done with a token takes time of its own
 
 
 def warm_up(models: Models) -> None:

@@ -1,5 +1,6 @@
 """The page: what is on it, and what happens when something is clicked or moved."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -247,3 +248,10 @@ def serve(page: gr.Blocks, s: PlaygroundSettings) -> None:
         theme=gr.themes.Base(font=plain[0], font_mono=plain[1], text_size="sm", spacing_size="sm"),
         css_paths=[Path(__file__).with_name("page.css")],
     )
+
+
+def stop(page: gr.Blocks) -> None:
+    """At once: an open page keeps a connection, which uvicorn would wait for, and would tell of."""
+    logging.getLogger("uvicorn.error").disabled = True
+    page.server.force_exit = True
+    page.close(verbose=False)

@@ -1,8 +1,8 @@
 """How long does the playground let one wait? From the click to the first token of both answers, over HTTP.
 
-    python benchmarks/playground.py   # about two minutes on two slow cores; writes results/playground.json
-    python benchmarks/playground.py --adapter none --rounds 2 --out /tmp/playground.json
-    python benchmarks/playground.py --picture docs/playground.png   # only the page's picture, by Chromium
+    python benchmarks/first_token.py   # about two minutes on two slow cores; writes results/playground.json
+    python benchmarks/first_token.py --adapter none --rounds 2 --out /tmp/playground.json
+    python benchmarks/first_token.py --picture docs/playground.png   # only the page's picture, by Chromium
 
 Starts `python playground.py` as a user would, and asks as its page does. Three reviews, the longest as long
 as the adapter reads; every one is another text, so that nothing can be kept from the one before.
@@ -51,7 +51,7 @@ def start(adapter: str) -> tuple[subprocess.Popen, str, float]:
 def answer(url: str, text: str, name: str | None, precision: str) -> dict:
     """Seconds from the click to the first token and to the end, and the rate that the page shows."""
     greedy = [False, 1, 1, 0]
-    started, first, last = time.perf_counter(), 0.0, []
+    started, first, last, found = time.perf_counter(), 0.0, [], []
     given = {"data": [text, False, name, precision, LENGTH, *greedy]}
     event = requests.post(f"{url}/gradio_api/call/answer", json=given, timeout=60).json()["event_id"]
     with requests.get(f"{url}/gradio_api/call/answer/{event}", stream=True, timeout=60) as stream:
@@ -62,7 +62,7 @@ def answer(url: str, text: str, name: str | None, precision: str) -> dict:
             elif line.startswith(b"event: error"):
                 sys.exit(f"error: the page could not answer: {line.decode()}")
     rate = re.search(r"then ([\d.]+) tokens", last[0]) if last else None
-    row = {"first_token_seconds": first, "seconds": time.perf_counter() - started}
+    row = {"first_token_seconds": first, "seconds": time.perf_counter() - started, "base": found[0]}
     return row | {"tokens_per_second": float(rate[1]) if rate else None}
 
 
@@ -109,10 +109,10 @@ def main() -> None:
     try:
         if given.picture:
             return draw(url, given.picture)
-        values = {}
-        for part in requests.get(f"{url}/config", timeout=60).json()["components"]:
-            values[part["props"].get("label")] = part["props"].get("value")
-        name = None if given.adapter == "none" else values["Adapter"]
+        parts = requests.get(f"{url}/config", timeout=60).json()["components"]
+        menus = [part["props"] for part in parts if part["type"] == "dropdown"]
+        values = {menu["label"]: menu["value"] for menu in menus}
+        name = None if given.adapter == "none" else values["Adapter"] or sys.exit("error: no adapter")
         rows = measure(url, name, values["Base in"], given.rounds)
     finally:
         process.send_signal(signal.SIGINT)
