@@ -27,7 +27,7 @@ OPERATIONS = {
     " < ": lambda a, b: "yes" if a < b else "**no**",
     " >= ": lambda a, b: "yes" if a >= b else "**no**",
     " / ": lambda a, b: a / b,
-    " - ": lambda a, b: a - b,
+    " - ": lambda a, *others: a - sum(others),
 }
 OF_A_LIST = {"count": len, "largest": lambda values: max(map(abs, values))}
 

@@ -50,6 +50,7 @@ def results(tmp_path, monkeypatch):
         ("layers.0.q_proj.a value", ".1f", "3.0"),
         ("rows[0].size / rows[1].size", "times", "2.5 times"),
         ("rows[0].size - rows[1].size", "text", "6"),
+        ("rows[0].size - rows[1].size - 2", "text", "4.0"),
         ("rows[0].size >= 10", "text", "yes"),
         ("rows[0].size / rows[1].size < 2.5", "text", "**no**"),
         ("count rows", "text", "2"),
