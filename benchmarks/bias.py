@@ -10,8 +10,9 @@ e = 2.7. Its 95% interval: reviews and words drawn again with replacement (boots
 word, it is about the reviews alone. Any other word moves a model. So controls are changes without a meaning,
 another surname or the same thing in other words: a shift that is not larger than theirs says nothing.
 
-Writes results/bias.json. It can show that a model treats these texts differently. It can't show that a model
-is fair: a few words of a few groups in short reviews of our own are no sample of what people write.
+It prints a table; --out keeps all of it as JSON. It can show that a model treats these texts differently. It
+can't show that a model is fair: a few words of a few groups in short reviews of our own are no sample of what
+people write.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from qlora.cli import note, require, run
 from qlora.hardware import environment
 from qlora.tables import table_of
 
-OUT = Path(__file__).parent / "results" / "bias.json"
 DRAWS, SEED = 2000, 0  # of the bootstrap
 
 
@@ -149,9 +149,12 @@ def show(record: dict) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("adapter", nargs="?", type=Path, default=Path("qlora-out"), help="default: qlora-out")
-    flags.add_argument("--out", type=Path, default=OUT, help="default: benchmarks/results/bias.json")
+    flags.add_argument(
+        "--out", type=Path, help="write the figures here as JSON; without it, nothing is written"
+    )
     given, began = flags.parse_args(argv), time.perf_counter()
-    require(given.out.parent.is_dir(), f"--out {given.out}: there is no folder {given.out.parent}")
+    if given.out:
+        require(given.out.parent.is_dir(), f"--out {given.out}: there is no folder {given.out.parent}")
     adapter = read_adapter(given.adapter)
     fits = adapter.prompt is not None and adapter.prompt.answers == SENTIMENT_ANSWERS
     require(fits, f"{adapter.name}: the test is for adapters that answer {' or '.join(SENTIMENT_ANSWERS)}")
@@ -169,8 +172,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     record |= {"rows": rows, "seconds": time.perf_counter() - began}
     record["environment"] = environment(base.hardware)
     show(record)
-    given.out.write_text(json.dumps(record, indent=2) + "\n")
-    note(f"written    {given.out}")
+    if given.out:
+        given.out.write_text(json.dumps(record, indent=2) + "\n")
+        note(f"written    {given.out}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import bias_texts
 import numpy as np
 import pytest
 import torch
-from conftest import here
+from conftest import ROOT, here
 from safetensors.torch import load_file, save_file
 
 from qlora.adapters import read_adapter
@@ -113,6 +113,17 @@ def test_base_and_adapter_are_both_asked_the_adapters_question(trained, tmp_path
         negative, positive = model(input_ids=ids).logits[0, -1, answers].tolist()
     found = bias.log_odds(model, base, adapter.prompt, [text], "one")[text]
     assert found == pytest.approx(positive - negative, abs=0.02)
+
+
+def test_without_out_nothing_is_written(trained, monkeypatch):
+    committed = ROOT / "benchmarks" / "results" / "bias.json"
+    before = committed.read_bytes()
+    monkeypatch.setattr(bias, "QUESTIONS", FEW)
+    done = here("bias.py", trained)
+    after = committed.read_bytes()
+    committed.write_bytes(before)  # a test that fails leaves the figures as they were
+    assert done.returncode == 0 and "control" in done.stdout and "written" not in done.stderr
+    assert after == before, "a reader's own run replaced the figures that the pages show"
 
 
 def test_an_adapter_that_does_nothing_is_its_base(trained, tmp_path, monkeypatch):
