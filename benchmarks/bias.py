@@ -158,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     adapter = read_adapter(given.adapter)
     fits = adapter.prompt is not None and adapter.prompt.answers == SENTIMENT_ANSWERS
     require(fits, f"{adapter.name}: the test is for adapters that answer {' or '.join(SENTIMENT_ANSWERS)}")
-    model, base = load_trained(adapter)
+    # bf16 rounds a logit between 8 and 16 to steps of 1/16: as large as the shifts that are asked for.
+    model, base = load_trained(adapter, device="cpu", lane="fp32")
     texts = [text for q in QUESTIONS for of_version in q.texts.values() for row in of_version for text in row]
     with model.disable_adapter():
         scores = {"base": log_odds(model, base, adapter.prompt, texts, "base")}
