@@ -168,7 +168,7 @@ class ModelSettings:
     max_length: int = 256
     # Rows per step on each device. Small batches make more updates of the same rows, and fit into 3 GB.
     batch_size: int = 4
-    # Recompute activations in the backward pass: a quarter slower on a CPU, far less memory.
+    # Recompute activations in the backward pass: far less memory on a GPU, half the speed on a CPU.
     gradient_checkpointing: bool = False
     # Rank of each update BA.
     lora_r: int = 16

@@ -104,7 +104,7 @@ TEXTS = {
         "merge",
         "llama.cpp/ladder.py: cause (python llama.cpp/parity.py asks it)",
         ("NVIDIA/TensorRT-LLM#1668", "vllm-project/vllm#6909"),
-        "are the deployed answers between the base's and the trained ones? Then ask at other strengths "
+        "are the deployed answers neither the trained ones nor the base's? Then ask at other strengths "
         "of B A",
     ),
     "merged-into-wrong-base": Text(

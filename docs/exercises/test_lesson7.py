@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from config import BUNDLED
-from qlora.lab.sampling import next_distribution
+from qlora.generation import next_distribution
 from qlora.sources import locate
 
 

@@ -27,12 +27,12 @@ TESTS = {name: module(EXERCISES / f"test_{name}.py") for name in LESSONS}
 SOLUTIONS = {name: module(EXERCISES / "solutions" / f"{name}.py") for name in LESSONS}
 
 
-def tests_of(lesson: str) -> dict[str, object]:
+def of_lesson(lesson: str) -> dict[str, object]:
     """{'test_lesson3_1_scaling': its function, …}"""
     return {name: value for name, value in vars(TESTS[lesson]).items() if name.startswith(f"test_{lesson}_")}
 
 
-ALL = [(lesson, name) for lesson in LESSONS for name in tests_of(lesson)]
+ALL = [(lesson, name) for lesson in LESSONS for name in of_lesson(lesson)]
 # wrong_answers/lesson3.py: e1_scaling__without_alpha is `scaling` of exercise 1 with a mistake
 MISTAKES = [
     (lesson, name) for lesson in LESSONS for name in vars(module(WRONG / f"{lesson}.py")) if name[:1] == "e"
@@ -42,19 +42,19 @@ MISTAKES = [
 def test_every_lesson_has_three_exercises_and_a_wrong_answer_to_each():
     assert [f"lesson{n}" for n in range(1, 9)] == LESSONS
     for lesson in LESSONS:
-        assert {name.split("_")[2] for name in tests_of(lesson)} == {"1", "2", "3"}, lesson
+        assert {name.split("_")[2] for name in of_lesson(lesson)} == {"1", "2", "3"}, lesson
         assert {name[1] for of, name in MISTAKES if of == lesson} == {"1", "2", "3"}, lesson
 
 
 @pytest.mark.parametrize("lesson, name", ALL)
 def test_fails_before(lesson, name):
     with pytest.raises(NotImplementedError):
-        tests_of(lesson)[name](module(EXERCISES / f"{lesson}.py"))
+        of_lesson(lesson)[name](module(EXERCISES / f"{lesson}.py"))
 
 
 @pytest.mark.parametrize("lesson, name", ALL)
 def test_passes_with_the_solution(lesson, name):
-    tests_of(lesson)[name](SOLUTIONS[lesson])
+    of_lesson(lesson)[name](SOLUTIONS[lesson])
 
 
 @pytest.mark.parametrize("lesson, mistake", MISTAKES)
@@ -63,7 +63,7 @@ def test_a_wrong_answer_is_found(lesson, mistake):
     assert hasattr(SOLUTIONS[lesson], function), f"no exercise has a function {function}"
     answers = {**vars(SOLUTIONS[lesson]), function: getattr(module(WRONG / f"{lesson}.py"), mistake)}
     failed = []
-    for name, test in tests_of(lesson).items():
+    for name, test in of_lesson(lesson).items():
         if name.split("_")[2] == number:
             try:
                 test(SimpleNamespace(**answers))
