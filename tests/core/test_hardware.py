@@ -107,7 +107,7 @@ def test_a_trial_chooses_a_processors_products(monkeypatch, rates, lane, dtype):
 def test_several_processes_take_the_lane_of_the_first(monkeypatch):
     qlora_finetune.import_libraries()
     monkeypatch.setattr(hardware.lanes, "trial", lambda width, between: {"fp32": 100.0, "bf16": 90.0})
-    monkeypatch.setattr(processes, "told_by_first", lambda lane: "bf16")
+    monkeypatch.setattr(hardware, "told_by_first", lambda own: ("bf16", torch.bfloat16))
     settings, machine = qlora_finetune.choose_model(TrainSettings(device="cpu"))
     assert (settings.lane, machine.lane, machine.dtype) == ("bf16", "bf16", torch.bfloat16)
 
