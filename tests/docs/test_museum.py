@@ -278,6 +278,36 @@ def test_mistakes_get_one_line(flags, words):
     assert done.stderr.count("\n") == 1 and not done.stdout
 
 
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("not JSON", "is damaged"),
+        ('{"rows": [{"name": "a"}]}', "holds no records of the museum"),
+        ('{"bugs": [{"title": "a"}]}', "holds no records of the museum"),
+        ('["bugs"]', "is damaged"),
+        (None, "there is no folder"),
+    ],
+)
+def test_a_file_that_can_not_be_kept_is_told_before_training(content, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("museum.exhibit.visit", lambda *_: pytest.fail("it trains"))
+    path = tmp_path / "kept.json" if content else tmp_path / "missing" / "kept.json"
+    if content:
+        path.write_text(content)
+    done = museum("end-masked", "--json", path)
+    assert done.returncode in (1, 2) and words in done.stderr and str(path) in done.stderr
+    assert done.stderr.count("\n") == 1 and not done.stdout
+    assert (path.read_text() == content) if content else not path.parent.exists()
+
+
+def test_a_record_takes_the_place_of_its_earlier_one(tmp_path, tiny_folder):
+    path, other = tmp_path / "kept.json", {"name": "padding-attended", "seconds": 1}
+    path.write_text(json.dumps({"bugs": [other, {"name": "end-masked", "seconds": 1}]}))
+    assert museum("end-masked", "--model", tiny_folder, "--json", path).returncode == 0
+    kept = json.loads(path.read_text())["bugs"]
+    assert [each["name"] for each in kept] == ["end-masked", "padding-attended"]
+    assert kept[0]["caught"] and kept[1] == other
+
+
 def test_the_list_names_all():
     done = museum()
     assert done.returncode == 0 and names_in(done.stdout) == set(TEXTS)
