@@ -1,7 +1,7 @@
 # make run: set up and do the main job. make test: set up and run the tests. Both can be repeated without harm.
 PYTHON ?= python3
 REVIEW ?= The plot is thin, but the actors are wonderful and I left the cinema with a smile.
-OUT ?= qlora-out
+OUT = qlora-out
 BIN := .venv/bin
 RESULTS := benchmarks/results
 SLIDES := $(BIN)/python docs/slides/build.py
@@ -29,6 +29,7 @@ figures: .venv/tested  ## fill the measured numbers into README, docs and the no
 course: .venv/tested  ## all of the course from nothing: run the lessons, build the slides, check the claims
 	$(BIN)/python benchmarks/figures.py --check
 	$(BIN)/python notebooks/make_lessons.py --check
+	rm -rf lesson-run course-run
 	$(BIN)/python benchmarks/lessons.py --out course-run
 	$(SLIDES)
 	$(BIN)/python benchmarks/claims.py
@@ -44,7 +45,7 @@ slides:  ## the course as slides: HTML and, with Chromium, PDF in docs/slides/bu
 setup: .venv/installed  ## only make .venv and install requirements.txt into it
 
 clean:  ## remove .venv and what a run wrote; models/ stays
-	rm -rf .venv $(OUT)
+	rm -rf .venv "$(OUT)" lesson-run course-run
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; this is $$($(PYTHON) --version 2>&1). Name another: make run PYTHON=python3.12" >&2; exit 1; }

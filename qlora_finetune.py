@@ -240,8 +240,7 @@ def choose_model(s: TrainSettings):
     machine = hardware.detect(precision, s.device, s.lane, sizes)
     hardware.show(machine)
     processes.meet(machine.device)
-    if (lane := processes.told_by_first(machine.lane)) != machine.lane:  # their trials may differ
-        machine = hardware.detect(precision, s.device, lane, sizes)
+    machine = hardware.like_the_first(machine)
     whole = f"--precision {precision}: its codes are no parameters that could be sharded (FSDP); use DDP"
     require(not (processes.is_sharded() and precision in packed.METHODS), whole)
     s, model, why = dataclasses.replace(s, precision=precision), s.model, "given"

@@ -5,13 +5,16 @@
     python benchmarks/lessons.py --out DIR   # writes elsewhere, with the notebooks as they ran; CI does this
 
 Cell NAME of lesson 3 writes 3.NAME.txt (what it printed; progress and notes on stderr are left out) and
-3.NAME.png (what it drew). seconds.json has each lesson's seconds. Needs requirements-dev.txt.
+3.NAME.png (what it drew). seconds.json has each lesson's seconds, cells.json a fingerprint of each cell: a
+test fails where a cell was changed after its output was kept. Needs requirements-dev.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import base64
+import hashlib
 import json
 import sys
 import time
@@ -35,6 +38,21 @@ def printed(cell: nbformat.NotebookNode) -> str:
     return "".join(parts)
 
 
+def fingerprint(cell: nbformat.NotebookNode) -> str:
+    """Of what a cell does, not of how it is laid out: 12 hexadecimal digits."""
+    source = cell.source if cell.source.startswith("%%") else ast.dump(ast.parse(cell.source))
+    return hashlib.sha256(source.encode()).hexdigest()[:12]
+
+
+def code_cells(made: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in made.cells if cell.cell_type == "code" and cell.id != "setup"]
+
+
+def write_sorted(path: Path, changed: dict) -> None:
+    old = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(dict(sorted({**old, **changed}.items())), indent=2) + "\n")
+
+
 def keep(cells: list[nbformat.NotebookNode], number: str, folder: Path) -> None:
     for cell in cells:
         if text := printed(cell):
@@ -54,8 +72,6 @@ def main(argv: list[str] | None = None) -> int:
         flags.error(f"no lesson {', '.join(sorted(unknown))}: there are {', '.join(chosen)}")
     folder = given.out or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
-    took_file = folder / "seconds.json"
-    took = json.loads(took_file.read_text()) if took_file.exists() else {}
     for number in given.lesson or chosen:
         made, began = notebook(chosen[number]), time.perf_counter()
         try:
@@ -63,12 +79,13 @@ def main(argv: list[str] | None = None) -> int:
         except CellExecutionError as error:
             print(f"lesson {number}:\n{error}", file=sys.stderr)
             return 1
-        took[number] = round(time.perf_counter() - began, 1)
-        print(f"lesson {number}: {took[number]:.0f} s", flush=True)
-        keep([cell for cell in made.cells if cell.cell_type == "code"], number, folder)
+        seconds, cells = round(time.perf_counter() - began, 1), code_cells(made)
+        print(f"lesson {number}: {seconds:.0f} s", flush=True)
+        keep(cells, number, folder)
+        write_sorted(folder / "seconds.json", {number: seconds})
+        write_sorted(folder / "cells.json", {f"{number}.{cell.id}": fingerprint(cell) for cell in cells})
         if given.out:
             nbformat.write(made, folder / f"{chosen[number].stem}.ipynb")
-        took_file.write_text(json.dumps(dict(sorted(took.items())), indent=2) + "\n")
     return 0
 
 

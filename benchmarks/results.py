@@ -82,11 +82,12 @@ def measure_again(result: Result, root: Path) -> str:
     again = result.adds and state_of(result, files, root).word == "old"
     for path in files if again else ():
         path.unlink()  # it is old, so it is committed
-    failed = measure(result, root)
-    for path in files if again else ():
-        if failed and not path.exists():  # not one run was measured
-            git(root, "checkout", "--", path)
-    return failed
+    try:
+        return measure(result, root)
+    finally:  # also after Ctrl-C
+        for path in files if again else ():
+            if not path.exists():  # not one run was measured
+                git(root, "checkout", "--", path)
 
 
 def choose(results: list[Result], asked: argparse.Namespace, root: Path) -> tuple[list[Result], dict]:

@@ -32,8 +32,10 @@ import os
 import sys
 from pathlib import Path
 
-folders = (Path.cwd(), *Path.cwd().parents)
-os.chdir(next(folder for folder in folders if (folder / "qlora_finetune.py").is_file()))
+folders = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "qlora_finetune.py").is_file()]
+if not folders:
+    raise SystemExit("This notebook needs the repository: open it where it lies, in notebooks/lessons.")
+os.chdir(folders[0])
 sys.path.insert(0, os.getcwd())
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 """

@@ -13,7 +13,7 @@ from config import PRECISIONS
 from qlora.cli import UserError, note
 from qlora.cpu import kernels, lanes
 from qlora.cuda import find_trouble
-from qlora.processes import count, is_sharded, local_rank
+from qlora.processes import count, is_sharded, local_rank, told_by_first
 
 SIZES = (576, 1536)  # the bundled model's widths
 
@@ -60,6 +60,14 @@ def detect(precision: str = "nf4", device: str = "auto", lane: str = "auto", siz
     asked = getattr(torch, name) if isinstance(name, str) else found.dtype
     why = found.why if asked == found.dtype else f"--precision {precision} asks for it"
     return dataclasses.replace(found, dtype=asked, why=why)
+
+
+def like_the_first(mine: Hardware) -> Hardware:
+    """With the lane and dtype of the first process: on CPUs each has its own trial, and they may differ."""
+    lane, dtype = told_by_first((mine.lane, mine.dtype))
+    if mine.device != "cpu" or (lane, dtype) == (mine.lane, mine.dtype):
+        return mine
+    return dataclasses.replace(mine, lane=lane, dtype=dtype, why="as in the first process")
 
 
 def precision_of(dtype: torch.dtype) -> str:

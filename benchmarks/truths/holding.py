@@ -14,7 +14,8 @@ import torch
 from scipy.stats import norm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from config import BUNDLED, MODELS_DIR
+from config import BUNDLED
+from qlora.fetch import PACKAGED_MODEL, fetch
 from qlora.hardware import return_freed_memory
 from qlora.sources import locate
 from truths import Truth, tiny_llama, tokens
@@ -119,7 +120,7 @@ def logits_are_no_probabilities() -> Truth:
 
 def gguf_is_a_container() -> Truth:
     """One file holds tensors of several types, and what it takes to run them."""
-    reader = gguf.GGUFReader(str(next(MODELS_DIR.glob("*.gguf"))))
+    reader = gguf.GGUFReader(str(fetch(PACKAGED_MODEL)))
     kinds: dict[str, int] = {}
     for tensor in reader.tensors:
         kinds[tensor.tensor_type.name] = kinds.get(tensor.tensor_type.name, 0) + 1

@@ -107,7 +107,7 @@ def test_a_trial_chooses_a_processors_products(monkeypatch, rates, lane, dtype):
 def test_several_processes_take_the_lane_of_the_first(monkeypatch):
     qlora_finetune.import_libraries()
     monkeypatch.setattr(hardware.lanes, "trial", lambda width, between: {"fp32": 100.0, "bf16": 90.0})
-    monkeypatch.setattr(processes, "told_by_first", lambda lane: "bf16")
+    monkeypatch.setattr(hardware, "told_by_first", lambda own: ("bf16", torch.bfloat16))
     settings, machine = qlora_finetune.choose_model(TrainSettings(device="cpu"))
     assert (settings.lane, machine.lane, machine.dtype) == ("bf16", "bf16", torch.bfloat16)
 
@@ -115,3 +115,14 @@ def test_several_processes_take_the_lane_of_the_first(monkeypatch):
 def test_the_trial_times_every_lane():
     found = hardware.lanes.trial(64, 96)
     assert found.keys() == hardware.lanes.DTYPES.keys() and min(found.values()) > 0
+
+
+@pytest.mark.parametrize("lane", ["libraries", "bf16"])
+def test_processes_on_a_cpu_compute_as_the_first_one_does(monkeypatch, lane):
+    # --lane libraries: the trial of one process said fp32, that of another bf16, and gloo stopped the run
+    mine = hardware.detect("nf4", "cpu", "fp32")
+    monkeypatch.setattr(hardware, "told_by_first", lambda _: (lane, torch.bfloat16))
+    agreed = hardware.like_the_first(mine)
+    assert (agreed.lane, agreed.dtype) == (lane, torch.bfloat16)
+    monkeypatch.setattr(hardware, "told_by_first", lambda own: own)
+    assert hardware.like_the_first(mine) is mine

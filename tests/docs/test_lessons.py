@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -10,11 +11,14 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "notebooks"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import lessons
 import make_lessons
 
 PAGES = make_lessons.pages()
 TEXTS = {page.name: page.read_text() for page in PAGES}
+RESULTS = ROOT / "benchmarks" / "results" / "lessons"
 MOST_WORDS = 18  # in a sentence, on average
 MINUTES, WORDS_A_MINUTE = 10, 200
 
@@ -64,12 +68,23 @@ def test_a_lesson_has_its_parts(name):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_cell_that_has_an_output_shows_it(name):
-    text, results = TEXTS[name], ROOT / "benchmarks" / "results" / "lessons"
+    text = TEXTS[name]
     cells = [cell for cell, *_ in re.findall(make_lessons.CELL, text, re.S)]
     assert cells and len(cells) == len(set(cells))
-    for path in results.glob(f"{name[0]}.*"):
+    for path in RESULTS.glob(f"{name[0]}.*"):
         assert path.name.split(".")[1] in cells, f"no cell writes {path.name} any more"
         assert f"lessons/{path.name}" in text, f"{path.name} is not shown"
+
+
+def test_a_cell_is_what_it_was_when_its_output_was_kept():
+    kept = json.loads((RESULTS / "cells.json").read_text())
+    now = {
+        f"{page.name[0]}.{cell.id}": lessons.fingerprint(cell)
+        for page in PAGES
+        for cell in lessons.code_cells(make_lessons.notebook(page))
+    }
+    changed = sorted(name for name in kept.keys() | now.keys() if kept.get(name) != now.get(name))
+    assert not changed, "run `python benchmarks/lessons.py` again for these"
 
 
 def test_notebooks_are_what_the_lessons_make():

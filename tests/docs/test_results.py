@@ -204,6 +204,19 @@ def test_an_old_result_comes_back_where_nothing_new_was_measured(here):
     assert here.read("sub/runs.json") == "first"
 
 
+def test_ctrl_c_takes_no_old_result_away(here, capsys, monkeypatch):
+    here.commit(other="b = 2")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "measure", interrupted)
+    before = here.read("sub/runs.json")
+    assert results.main(["runs"], here.root) == 1
+    assert here.read("sub/runs.json") == before
+    assert "failed     runs: interrupted" in capsys.readouterr().out
+
+
 def test_a_command_that_writes_nothing_has_failed(here, capsys):
     here.write("benchmarks/results.toml", TABLE.replace("echo 1 >$NEW/speed.json", "true"))
     os.utime(here.root / "benchmarks/results/speed.json", (10**9, 10**9))  # long ago
