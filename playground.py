@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     s = read_settings(argv)
     # Late imports: they take seconds, so the flags are checked first.
     from qlora import hardware
-    from qlora.playground import answers, models, page
+    from qlora.playground import answers, guards, models, page
 
     chosen = models.find_adapters(s)
     held = models.Models(s, chosen)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     answers.warm_up(held)
     served = page.build(s, held)
     page.serve(served, s)
-    if s.host not in page.LOOPBACK:
+    if s.host not in guards.LOOPBACK:
         note(f"note       --host {s.host}: whoever reaches this machine can use the page, without a password")
     note(f"open       {served.local_url} (Ctrl-C ends it)")
     try:

@@ -8,7 +8,7 @@
 Computes on the CPU, in less than two minutes each. Exits with 1 where a bug was not caught.
 """
 
-import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,8 @@ from pathlib import Path
 from museum.riddles import COUNT, judge, known
 from museum.settings import MuseumSettings
 from museum.texts import TEXTS
-from qlora.cli import parse, require, run
+from qlora.cli import UserError, parse, require, run
+from qlora.files import read_json, write_json
 from qlora.tables import table
 
 
@@ -44,6 +45,11 @@ def check(s: MuseumSettings) -> None:
     fits = s.riddle is None or 1 <= s.riddle <= COUNT
     require(fits, f"--riddle {s.riddle}: there are {COUNT}, from 1 to {COUNT}")
     require(s.json is None or s.all or s.bug is not None, "--json needs a bug or --all")
+    if s.json is not None:  # now, not when a minute's measurement would be lost
+        above = s.json.absolute().parent
+        require(above.is_dir(), f"--json {s.json}: there is no folder {above}; make it first")
+        require(os.access(above, os.W_OK), f"--json {s.json}: {above} is not writable")
+        earlier(s.json)
 
 
 def show_list() -> None:
@@ -76,10 +82,19 @@ def exhibit(s: MuseumSettings, names: list[str]) -> bool:
 
 def keep(path: Path, record: dict) -> None:
     """Put a bug's record into the file, in place of its earlier one."""
-    earlier = json.loads(path.read_text())["bugs"] if path.is_file() else []
-    records = {each["name"]: each for each in [*earlier, record]}
-    kept = [records[name] for name in TEXTS if name in records]
-    path.write_text(json.dumps({"bugs": kept}, indent=2) + "\n")
+    records = {each["name"]: each for each in [*earlier(path), record]}
+    write_json(path, {"bugs": [records[name] for name in TEXTS if name in records]})
+
+
+def earlier(path: Path) -> list[dict]:
+    """The records that are in the file, none where there is none; UserError where it holds something else."""
+    if not path.exists():
+        return []
+    fix = "--json needs a new file or one that it wrote itself"
+    bugs = read_json(path, fix, dict[str, list[dict]]).get("bugs")
+    if bugs is None or not all(isinstance(each.get("name"), str) for each in bugs):
+        raise UserError(f"{path} holds no records of the museum; {fix}")
+    return bugs
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ TEXTS = {
         "The first steps throw the model far away, and what comes back only knows that there are two "
         "answers. The loss falls again for the rest of the run, which looks like learning.",
         "python qlora_finetune.py --find-lr tries five rates; start from 5e-4",
-        "qlora/training/forgetting.py: the loss on neutral text (each run's report has it)",
+        "qlora/training/forgetting.py: measure, the loss on neutral text (each run's report has it)",
         ("haotian-liu/LLaVA#1301",),
         "do different rows get different answers, and what is the loss on other text before and after?",
     ),

@@ -7,20 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import gradio as gr
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from config import PlaygroundSettings
 from qlora.cli import UserError
 from qlora.generation import Sampling
-from qlora.playground import answers, chances, markup, xray
+from qlora.playground import answers, chances, guards, markup, xray
 from qlora.playground.models import Models
 
-# The browser itself refuses what would lead elsewhere: scripts, fonts, pictures, requests.
-ONLY_HERE = (
-    "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; object-src 'none'; frame-ancestors 'self'"
-)
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 REVIEWS = {
     "a kind review": "The plot is thin, but the actors are wonderful and I left the cinema with a smile.",
     "a harsh one": "Two hours of explosions and not one line worth remembering.",
@@ -31,22 +24,6 @@ NO_ADAPTER = (
     "then start this page again."
 )
 WAITING = "Answer something, and it is shown here."
-
-
-class OnlyHere:
-    """Adds the rule ONLY_HERE to every answer of the server."""
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
-        async def with_rule(message):
-            if message["type"] == "http.response.start":
-                rule = (b"content-security-policy", ONLY_HERE.encode())
-                message = {**message, "headers": [*message.get("headers", ()), rule]}
-            await send(message)
-
-        await self.app(scope, receive, with_rule)
 
 
 def told(error: UserError) -> gr.Error:
@@ -228,9 +205,6 @@ def notes_of(s: PlaygroundSettings, models: Models, name: str | None) -> str:
 def serve(page: gr.Blocks, s: PlaygroundSettings) -> None:
     """Start the server in threads of its own; OSError where the port is taken."""
     plain = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # fonts that are here
-    guards = [Middleware(OnlyHere)]
-    if s.host in LOOPBACK:  # no page of the web reaches it by a name that leads here
-        guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
     page.launch(
         server_name=s.host,
         server_port=s.port,
@@ -244,7 +218,7 @@ def serve(page: gr.Blocks, s: PlaygroundSettings) -> None:
         enable_monitoring=False,
         run_history=False,
         footer_links=[],
-        app_kwargs={"middleware": guards},
+        app_kwargs={"middleware": guards.middleware(s.host)},
         theme=gr.themes.Base(font=plain[0], font_mono=plain[1], text_size="sm", spacing_size="sm"),
         css_paths=[Path(__file__).with_name("page.css")],
     )

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, here
+from transformers import LlamaForCausalLM
 
 from museum import riddles
+from museum.bug import message_of
 from museum.texts import TEXTS
 from qlora.training import guards
 
 PAGE = (ROOT / "docs" / "museum.md").read_text()
 # What the real guard says; the rest of its sentence are figures. The last three make a model of their own.
+# Two bugs do not show on so small a model: their measurements are tested on numbers made by hand, below.
 SAID = {
     "labels-masked": "guard 'labels_present': ",
     "end-masked": "guard 'end_supervised': 0 of 64 answers end with a supervised end token",
@@ -47,6 +53,76 @@ def test_a_bug_is_planted_and_caught(name, tiny_folder):
     assert done.returncode == 0, done.stdout + done.stderr
     assert SAID[name] in one_line(done.stdout)
     assert "caught" in done.stdout and "missed" not in done.stdout
+
+
+class ByHand:
+    """A run whose models, by who asks, are given."""
+
+    def __init__(self, tokenizer=None, score=None, **models):
+        self.tokenizer, self.job, self.models = tokenizer, SimpleNamespace(score=score), models
+
+    def acting_as(self, who):
+        return contextlib.nullcontext(self.models[who])
+
+    def asked(self, who, rows=12):
+        return [[5] * (1 + row) for row in range(rows)]
+
+    def answers(self):
+        return [[7], [8]]
+
+
+class Losing(torch.nn.Module):
+    """Its loss at each token (nats) is given."""
+
+    def __init__(self, loss: float):
+        super().__init__()
+        self.at_each = torch.nn.Parameter(torch.tensor(loss))
+
+    def forward(self, labels, num_items_in_batch, **_):
+        return SimpleNamespace(loss=self.at_each * (labels[:, 1:] != -100).sum() / num_items_in_batch)
+
+
+@pytest.mark.parametrize("before, after, forgotten", [(3.94, 4.06, False), (3.0, 2.0, False), (3.0, 4.1, True)])
+def test_a_model_that_forgot_is_told_by_its_loss(tokenizer, before, after, forgotten):
+    from museum.arithmetic import little_forgotten
+
+    said = message_of(little_forgotten, ByHand(tokenizer, base=Losing(before), trained=Losing(after)))
+    expected = f"loss on neutral text {before:.2f} -> {after:.2f}: the model has unlearned its language"
+    assert said == (expected if forgotten else "")
+
+
+@pytest.mark.parametrize("moved, seen", [(0, False), (0.04, False), (0.06, True), (-1.47, True)])
+def test_a_row_that_sees_its_neighbours_is_told_by_its_log_odds(moved, seen):
+    from museum.asking import same_beside_others
+
+    def score(model, asked, answers):
+        scores = np.array([[-1.0 - len(ids), -2.0] for ids in asked])
+        scores[1:2, 1] += moved  # the second row, if it is not alone
+        return scores
+
+    said = message_of(same_beside_others, ByHand(score=score, deployed=None))
+    assert said.startswith(f"log-odds of a row move by up to {abs(moved):.2f} when") if seen else said == ""
+
+
+def test_padding_is_attended_to_only_where_it_was_planted(tiny_folder):
+    from museum.asking import padding_attended, same_beside_others
+    from museum.job import Job
+
+    model = LlamaForCausalLM.from_pretrained(tiny_folder).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)  # random weights hardly prefer one token
+    healthy = Job()
+    planted = padding_attended.plant(healthy)
+    assert message_of(same_beside_others, ByHand(score=healthy.score, deployed=model)) == ""
+    said = message_of(same_beside_others, ByHand(score=planted.score, deployed=model))
+    assert "it sees their padding" in said
+
+
+def test_the_rate_is_planted_a_hundred_times_too_high():
+    from museum.arithmetic import rate_too_high
+    from museum.job import Job
+
+    assert rate_too_high.plant(Job()).rate == 100 * Job().rate
 
 
 def test_without_the_kernel_its_effect_is_planted_and_said(monkeypatch):
@@ -90,7 +166,7 @@ def test_each_guard_is_in_its_file():
     for name, text in TEXTS.items():
         file, what = re.match(r"(\S+\.py): (\w+)", text.guard).groups()
         source = (ROOT / file).read_text()
-        assert re.search(rf"def {what}\b", source) or what == "the", f"{name}: {file} has no {what}"
+        assert re.search(rf"def {what}\b", source), f"{name}: {file} has no {what}"
 
 
 def test_the_recorded_run_caught_all():
@@ -200,6 +276,36 @@ def test_mistakes_get_one_line(flags, words):
     done = museum(*flags)
     assert done.returncode == 2 and words in done.stderr
     assert done.stderr.count("\n") == 1 and not done.stdout
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("not JSON", "is damaged"),
+        ('{"rows": [{"name": "a"}]}', "holds no records of the museum"),
+        ('{"bugs": [{"title": "a"}]}', "holds no records of the museum"),
+        ('["bugs"]', "is damaged"),
+        (None, "there is no folder"),
+    ],
+)
+def test_a_file_that_can_not_be_kept_is_told_before_training(content, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("museum.exhibit.visit", lambda *_: pytest.fail("it trains"))
+    path = tmp_path / "kept.json" if content else tmp_path / "missing" / "kept.json"
+    if content:
+        path.write_text(content)
+    done = museum("end-masked", "--json", path)
+    assert done.returncode in (1, 2) and words in done.stderr and str(path) in done.stderr
+    assert done.stderr.count("\n") == 1 and not done.stdout
+    assert (path.read_text() == content) if content else not path.parent.exists()
+
+
+def test_a_record_takes_the_place_of_its_earlier_one(tmp_path, tiny_folder):
+    path, other = tmp_path / "kept.json", {"name": "padding-attended", "seconds": 1}
+    path.write_text(json.dumps({"bugs": [other, {"name": "end-masked", "seconds": 1}]}))
+    assert museum("end-masked", "--model", tiny_folder, "--json", path).returncode == 0
+    kept = json.loads(path.read_text())["bugs"]
+    assert [each["name"] for each in kept] == ["end-masked", "padding-attended"]
+    assert kept[0]["caught"] and kept[1] == other
 
 
 def test_the_list_names_all():

@@ -254,6 +254,29 @@ def test_wrong_flags_and_a_taken_port_are_one_line(monkeypatch):
     ]
 
 
+def test_a_request_is_this_pages_or_a_programs():
+    pytest.importorskip("gradio")
+    from starlette.datastructures import Headers
+
+    from qlora.playground.guards import why_refused
+
+    def refused(origin, host="127.0.0.1:7860", path="/gradio_api/queue/join") -> bool:
+        given = {"host": host} | ({} if origin is None else {"origin": origin})
+        return bool(why_refused(path, Headers(given)))
+
+    assert not refused(None)
+    assert not refused("http://127.0.0.1:7860")
+    assert not refused("https://Box.example", host="box.example")  # --host, behind a proxy with a certificate
+    assert not refused("http://[::1]:7860", host="[::1]:7860")
+    others = ["http://127.0.0.1:8000", "http://localhost:7860", "https://evil.example", "127.0.0.1:7860"]
+    for other in [*others, "null", ""]:
+        assert refused(other), other
+    twice = Headers(raw=[(b"host", b"a"), (b"origin", b"http://a"), (b"origin", b"http://b")])
+    assert why_refused("/", twice) and refused("null", host="") and refused("null", host="null")
+    assert refused(None, path="/gradio_api/upload") and refused("http://127.0.0.1:7860", path="/upload/")
+    assert not refused(None, path="/gradio_api/upload_progress")
+
+
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -278,6 +301,20 @@ def playground(folder, *flags):
         process.wait()
 
 
+def check_other_pages_are_refused(url: str) -> None:
+    """What a form on a page of the web can send without asking first; a program sends no Origin."""
+    where, own = f"{url}/gradio_api/call/answer", {"Origin": url}
+    for origin in ("https://evil.example", "http://127.0.0.1:1", f"{url}.evil.example", "null", ""):
+        refused = requests.post(where, json={}, headers={"Origin": origin}, timeout=30)
+        assert refused.status_code == 403 and "another page" in refused.text, origin
+    for headers in ({}, own):
+        assert requests.post(where, json={}, headers=headers, timeout=30).status_code != 403
+        for path in ("upload", "upload/"):
+            sent = {"files": ("a.txt", b"x" * 1000)}
+            refused = requests.post(f"{url}/gradio_api/{path}", files=sent, headers=headers, timeout=30)
+            assert refused.status_code == 403 and "no file" in refused.text, path
+
+
 def chromium() -> str:
     """Debian's, or another Chromium that is installed; none is fetched."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -299,6 +336,7 @@ def test_in_a_browser(trained, tmp_path):
         assert policy.startswith("default-src 'self'")
         strange = requests.get(url, headers={"Host": "evil.example"}, timeout=30)
         assert strange.status_code == 400  # a name of the web that leads here
+        check_other_pages_are_refused(url)
         with browser_api.sync_playwright() as p:
             browser = p.chromium.launch(executable_path=program, args=["--no-sandbox"])
             page = browser.new_page(viewport={"width": 1280, "height": 800})
