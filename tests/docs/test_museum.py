@@ -82,7 +82,9 @@ class Losing(torch.nn.Module):
         return SimpleNamespace(loss=self.at_each * (labels[:, 1:] != -100).sum() / num_items_in_batch)
 
 
-@pytest.mark.parametrize("before, after, forgotten", [(3.94, 4.06, False), (3.0, 2.0, False), (3.0, 4.1, True)])
+@pytest.mark.parametrize(
+    "before, after, forgotten", [(3.94, 4.06, False), (3.0, 2.0, False), (3.0, 4.1, True)]
+)
 def test_a_model_that_forgot_is_told_by_its_loss(tokenizer, before, after, forgotten):
     from museum.arithmetic import little_forgotten
 
