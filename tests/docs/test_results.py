@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -252,3 +253,12 @@ def test_every_result_file_is_made_by_a_command_and_every_named_path_is_there(tm
     (tmp_path / "benchmarks/results").mkdir(parents=True)
     (tmp_path / "benchmarks/results/typed.json").write_text("{}")
     assert result_ages.unmade(entries, tmp_path) == ["typed.json"]
+
+
+def test_no_result_names_a_folder_of_the_machine_that_measured_it():
+    folder = re.compile(rb"(?<![\w.])/(?:tmp|home|root|Users)/")
+    files = [
+        path for path in (ROOT / result_ages.RESULTS).rglob("*") if path.suffix in (".json", ".md", ".txt")
+    ]
+    assert len(files) > 50
+    assert [path.name for path in files if folder.search(path.read_bytes())] == []
