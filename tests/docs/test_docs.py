@@ -46,7 +46,7 @@ def commands() -> list[tuple[Path, str]]:
     found = []
     for page, text in TEXTS.items():
         for part in (part for line in code(text) for part in line.split(" && ")):
-            part = re.sub(r"\s+#.*| < .*| > .*", "", " ".join(part.split()))
+            part = re.sub(r"\s+#.*| < .*| > .*| 2>&1 .*", "", " ".join(part.split()))
             if (match := re.fullmatch(ours, part)) and (" " in part or part.startswith("llama.cpp/")):
                 found.append((page, match[1]))
     return found
