@@ -117,6 +117,7 @@ class StepPeak:
         else:
             self._widest = width if steady else 0
             live = LiveBytes()
+            gc.collect()  # what nobody can reach any more is not the step's
             live.count_existing()
             with live:
                 yield

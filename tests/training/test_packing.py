@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import here
+from conftest import here, script
 
 from qlora.files import SEAL
 
@@ -30,7 +30,8 @@ def run(tmp_path_factory, tiny_folder, reviews_file):
     """A complete run of two epochs."""
     out = tmp_path_factory.mktemp("packing") / "run"
     flags = ("--model", tiny_folder, "--dataset", reviews_file, "--output-dir", out, *FLAGS)
-    done = here("qlora_finetune.py", *flags)
+    # In a process of its own: the memory of all tensors that are there is measured.
+    done = script("qlora_finetune.py", *flags)
     assert done.returncode == 0, done.stderr
     assert "packing    24 rows in " in done.stderr and "own decoder" in done.stderr
     return out
