@@ -22,7 +22,7 @@ from qlora.tables import table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    s = parse(MuseumSettings, argv, __doc__)
+    s = parse(MuseumSettings, argv, __doc__, prog="python -m museum")
     check(s)
     if s.answer is not None:
         sys.exit(0 if judge(s.riddle, s.answer) else 1)

@@ -31,7 +31,8 @@ def judge(number: int, answer: str) -> bool:
     if answer == right:
         print(f"right: {text.title}.\nRead on: python -m museum {right}")
         return True
-    if answer in NOT_ASKED:
+    if answer in NOT_ASKED:  # a name that was never possible earns no hint
         print(f"{answer} is none of the ten.")
+        return False
     print(f"not {answer}. A measurement that would tell: {TEXTS[right].hint}")
     return False

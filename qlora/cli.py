@@ -101,8 +101,9 @@ def progress(rows: int, title: str, unit: str = "row") -> Iterator[Callable]:
         yield bar.update
 
 
-def parse(kind: type, argv: Sequence[str] | None, text: str | None, default=None):
-    """Checked settings of type `kind` from the command line; `text` is for --help.
+def parse(kind: type, argv: Sequence[str] | None, text: str | None, default=None, prog: str | None = None):
+    """Checked settings of type `kind` from the command line; `text` is for --help, `prog` how
+    the program is called where that is not its file.
 
     `default` replaces the defaults of `kind`, a --config file replaces `default`, and flags replace both.
     Other programs' names for settings are understood (qlora/aliases.py). Raises UsageError with one line;
@@ -121,7 +122,7 @@ def parse(kind: type, argv: Sequence[str] | None, text: str | None, default=None
     extra = {} if start is None else {"default": start}
     try:
         with contextlib.redirect_stderr(captured):
-            settings = tyro.cli(kind, args=argv, description=text, **extra)
+            settings = tyro.cli(kind, prog=prog, args=argv, description=text, **extra)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
