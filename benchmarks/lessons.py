@@ -24,11 +24,13 @@ try:
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
+    from traitlets.config import Config
 except ModuleNotFoundError:
     sys.exit("error: running the lessons needs nbclient: pip install -r requirements-dev.txt")
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "lessons"
+BY_FILE = Config({"ConnectionFileMixin": {"transport": "ipc"}})  # the kernel opens no port, and warns of none
 sys.path.insert(0, str(ROOT / "notebooks"))
 
 from make_lessons import notebook, pages  # noqa: E402
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in given.lesson or chosen:
         made, began = notebook(chosen[number]), time.perf_counter()
         try:
-            NotebookClient(made, timeout=1800, kernel_name="python3").execute(cwd=str(ROOT))
+            NotebookClient(made, timeout=1800, kernel_name="python3", config=BY_FILE).execute(cwd=str(ROOT))
         except CellExecutionError as error:
             print(f"lesson {number}:\n{error}", file=sys.stderr)
             return 1

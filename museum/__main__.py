@@ -2,7 +2,7 @@
 
     python -m museum                              # the list
     python -m museum end-masked                   # plant one: what one sees, what catches it, cause, fix
-    python -m museum --riddle 3                   # a run with one of ten bugs: find out which
+    python -m museum --riddle 3                   # a run with one of ten bugs or none: find out which
     python -m museum --riddle 3 --answer NAME
 
 Computes on the CPU, in less than two minutes each. Exits with 1 where a bug was not caught.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from museum.riddles import COUNT, judge, known
+from museum.riddles import COUNT, HEALTHY, judge, known
 from museum.settings import MuseumSettings
 from museum.texts import TEXTS
 from qlora.cli import UserError, parse, require, run
@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def check(s: MuseumSettings) -> None:
     asked = [s.bug is not None, s.all, s.riddle is not None]
     require(sum(asked) < 2, "a bug, --all, --riddle: one thing at a time")
-    require(s.bug is None or bool(known(s.bug)), "")
+    require(s.bug is None or bool(known(s.bug, list(TEXTS))), "")
     require(s.answer is None or s.riddle is not None, "--answer needs --riddle K")
-    require(s.answer is None or bool(known(s.answer)), "")
+    require(s.answer is None or bool(known(s.answer, [*TEXTS, HEALTHY])), "")
     fits = s.riddle is None or 1 <= s.riddle <= COUNT
     require(fits, f"--riddle {s.riddle}: there are {COUNT}, from 1 to {COUNT}")
     require(s.json is None or s.all or s.bug is not None, "--json needs a bug or --all")

@@ -10,7 +10,7 @@ from museum.catalogue import BUGS
 from museum.exhibit import curves
 from museum.job import Job, Run, deploy, train
 from museum.labels import new_rows
-from museum.riddles import answer_of
+from museum.riddles import HEALTHY, answer_of
 from museum.settings import MuseumSettings
 from qlora.cli import UsageError, note
 from qlora.data import Row
@@ -26,8 +26,10 @@ def pose(s: MuseumSettings) -> None:
     folder = s.output_dir / f"riddle-{s.riddle}"
     if folder.exists():
         raise UsageError(f"{folder} is there already; look into it, or delete it to run the riddle again")
-    usual = Job(s.model, rows=32, steps=32, max_length=64, variant="rslora", alpha=8, seed=100 + s.riddle)
-    job = BUGS[answer_of(s.riddle)].plant(usual)
+    # The same for all, or a setting would tell; at 56 tokens about half of the reviews have to be shortened.
+    usual = Job(s.model, rows=32, steps=32, max_length=56, variant="rslora", alpha=8, seed=100 + s.riddle)
+    wrong = answer_of(s.riddle)
+    job = usual if wrong == HEALTHY else BUGS[wrong].plant(usual)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with staged(folder) as part:
         part.mkdir()
@@ -124,17 +126,17 @@ def dump(path: Path, value) -> None:
 
 
 def show(symptoms: dict, number: int, folder: Path) -> None:
-    print(f"Riddle {number}: reviews, positive or negative. No message, no error; one thing is wrong.\n")
+    print(f"Riddle {number}: reviews, positive or negative. No message, no error. Is something wrong?\n")
     print("\n".join(curves({"training": symptoms["losses"]})), end="\n\n")
-    names = {"base": "base", "trained": "trained", "deployed": "deployed", "deployed_alone": "one at a time"}
+    names = list(symptoms["right"])
     rows = [
         ["right, held-out rows", *(symptoms["right"][who] for who in names)],
         ["loss at their answers", *(symptoms["loss"][who] for who in names)],
-        ["right, new reviews", "", symptoms["new"], "", ""],
+        ["right, 48 new reviews", "", symptoms["new"], "", ""],
     ]
-    print(table(["", *names.values()], rows, indent=0), end="\n\n")
+    print(table(["", *names], rows, indent=0), end="\n\n")
     for who, reply in symptoms["replies"].items():
         print(f"a reply of the {who + ' model':15} {reply!r}")
     print(f"\nevidence   {folder}/: settings.json, log.csv, training-rows.json, first-batch.json,")
     print("           held-out-rows.json, replies.json, adapter/ (docs/museum.md says what is in them)")
-    print(f"answer     python -m museum --riddle {number} --answer NAME")
+    print(f"answer     python -m museum --riddle {number} --answer NAME (a bug's name, or healthy)")

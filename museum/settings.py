@@ -15,9 +15,10 @@ class MuseumSettings:
     all: bool = False
     # --all or one bug: also keep what was measured in this file, in place of the bug's earlier record.
     json: Optional[Path] = None
-    # Plant one of ten bugs in a run, show nothing but its symptoms, and leave the run in --output-dir.
+    # From 1 to 12: plant one of ten bugs, or none, show nothing but the run's symptoms, and leave the run in
+    # --output-dir.
     riddle: Optional[int] = None
-    # --riddle K: your answer, the name of a bug. Says whether it is right.
+    # --riddle K: your answer, the name of a bug, or "healthy". Says whether it is right.
     answer: Optional[str] = None
     # Where riddles leave their runs.
     output_dir: Path = Path("museum-run")

@@ -195,7 +195,21 @@ def one_line(boxed: str) -> str:
         meant.pop("--help", None)
         if meant:
             message += "; did you mean " + " or ".join(meant) + "?"
-    return f"{message.rstrip('.')} (all flags: --help)"
+    return f"{about_a_number(message).rstrip('.')} (all flags: --help)"
+
+
+def about_a_number(message: str) -> str:
+    """tyro's complaint without its parser's words; other messages as they are.
+
+    "Error parsing --seed: invalid literal for int() with base 10: 'x'" -> '--seed x: must be a whole number'
+    """
+    found = re.fullmatch(
+        r"Error parsing (--[\w-]+):.*(int\(\) with base 10|to float): ['\"](.*)['\"]", message
+    )
+    if not found:
+        return message
+    flag, kind, value = found.groups()
+    return f"{flag} {value}: must be a {'whole ' * kind.startswith('int')}number"
 
 
 def refuse_unreadable(kind: type, argv: Sequence[str] | None) -> None:

@@ -97,8 +97,11 @@ def main(argv: list[str] | None = None) -> None:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--out", type=Path, default=HERE / "build", help="folder of the two files")
     folder = flags.parse_args(argv).out.resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        flags.error(f"--out {folder}: no folder can be made there ({error.strerror})")
     install()
-    folder.mkdir(parents=True, exist_ok=True)
     text = (HERE / "course.md").read_text()
     source, page = folder / "course.md", folder / "course.html"
     source.write_text(moved(stripped(text), folder))

@@ -183,21 +183,28 @@ def test_the_recorded_run_caught_all():
 # Riddles
 
 
-def test_riddles_are_ten_bugs_in_another_order():
+def test_riddles_are_ten_bugs_one_of_them_twice_and_a_healthy_run():
     answers = [riddles.answer_of(number) for number in range(1, riddles.COUNT + 1)]
-    assert len(set(answers)) == riddles.COUNT == 10
-    assert answers != [name for name in TEXTS if name in answers]
-    assert not set(answers) & set(riddles.NOT_ASKED)
+    times = sorted(map(answers.count, {*riddles.ASKED, riddles.HEALTHY}))
+    assert len(answers) == 12 and times == [1] * 10 + [2] and answers.count(riddles.HEALTHY) == 1
+    assert answers != sorted(answers, key=[*TEXTS, riddles.HEALTHY].index)
 
 
-def test_an_answer_is_right_or_gets_a_hint():
-    right = riddles.answer_of(4)
-    done = museum("--riddle", 4, "--answer", right)
-    assert done.returncode == 0 and done.stdout.startswith("right: ")
-    wrong = next(name for name in TEXTS if name != right)
-    done = museum("--riddle", 4, "--answer", wrong)
-    assert done.returncode == 1
-    assert TEXTS[right].hint in done.stdout and right not in done.stdout
+def test_an_answer_is_right_or_is_told_how_to_check_it():
+    for number in (riddle_of("end-masked"), riddle_of(riddles.HEALTHY)):
+        right = riddles.answer_of(number)
+        done = museum("--riddle", number, "--answer", right)
+        assert done.returncode == 0 and done.stdout.startswith("right: ")
+        for wrong in {*TEXTS, riddles.HEALTHY} - {right}:
+            done = museum("--riddle", number, "--answer", wrong)
+            assert done.returncode == 1 and wrong in done.stdout
+            assert right == riddles.HEALTHY or not ({right} & names_in(done.stdout))
+            assert right == riddles.HEALTHY or TEXTS[right].hint not in done.stdout
+            assert wrong not in riddles.ASKED or TEXTS[wrong].hint in done.stdout
+
+
+def riddle_of(bug: str) -> int:
+    return next(number for number in range(1, riddles.COUNT + 1) if riddles.answer_of(number) == bug)
 
 
 def read(folder: Path, name: str):
@@ -236,7 +243,11 @@ def find(folder: Path) -> str:
         return "padding-attended"
     if off("deployed_alone", "base") < 1e-4:
         return "adapter-not-applied"
-    return "rslora-unscaled" if off("deployed_alone", "trained") > 1e-3 else "nothing"
+    return "rslora-unscaled" if off("deployed_alone", "trained") > 1e-3 else "healthy"
+
+
+def rows_without_a_label(folder: Path) -> int:
+    return sum(set(row["labels"]) == {-100} for row in read(folder, "training-rows"))
 
 
 def pose(number: int, model: Path, out: Path):
@@ -258,6 +269,9 @@ def test_a_riddle_leaves_what_is_needed_and_does_not_tell(number, tiny_folder, t
     with open(folder / "log.csv", newline="") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 33))
     assert find(folder) == riddles.answer_of(number)
+    assert (
+        find(folder) != "labels-masked" or rows_without_a_label(folder) >= 8
+    )  # a quarter: not to be overlooked
     again = pose(number, tiny_folder, tmp_path)
     assert again.returncode == 2 and "is there already" in again.stderr
 
@@ -267,8 +281,11 @@ def test_a_riddle_leaves_what_is_needed_and_does_not_tell(number, tiny_folder, t
     [
         (["endmasked"], "no bug is named endmasked; did you mean end-masked?"),
         (["zzz"], "no bug is named zzz; there are labels-masked,"),
-        (["--riddle", "11"], "--riddle 11: there are 10, from 1 to 10"),
+        (["--riddle", "13"], "--riddle 13: there are 12, from 1 to 12"),
+        (["--riddle", "x"], "--riddle x: must be a whole number"),
         (["--riddle", "1", "--answer", "wrong-templat"], "did you mean wrong-template?"),
+        (["--riddle", "1", "--answer", "health"], "did you mean healthy?"),
+        (["healthy"], "no bug is named healthy; "),
         (["--answer", "end-masked"], "--answer needs --riddle K"),
         (["end-masked", "--all"], "one thing at a time"),
         (["--json", "x.json"], "--json needs a bug or --all"),

@@ -115,6 +115,14 @@ def test_no_measured_number_is_typed_neither_in_slides_nor_in_notes(slide):
     assert set(typed_numbers(slide)) <= set(TYPED)
 
 
+def test_a_folder_that_can_not_be_made_is_told_before_anything_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "install", lambda: pytest.fail("it installs"))
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        build.main(["--out", str(tmp_path / "file" / "slides")])
+    assert stop.value.code == 2 and "no folder can be made there (Not a directory)" in capsys.readouterr().err
+
+
 def test_markers_are_taken_out_and_nothing_else():
     figure, table = (
         "a <!--fig f k .1f-->4.5<!--/fig-->\nb",

@@ -95,8 +95,9 @@ def contents(folder) -> dict:
     "flags, match",
     [
         (["--sample", "5"], "unknown flag --sample; did you mean .*--samples"),
+        (["--samples", "few"], "^error: --samples few: must be a whole number "),
+        (["--learning-rate", "1e"], "^error: --learning-rate 1e: must be a number "),
         (["–samples", "5"], "–samples.*--samples"),
-        (["--samples", "many"], "--samples"),
         (["--samples", "0"], "--samples 0"),
         (["--samples", "-3"], "--samples -3"),
         (["--eval-samples", "0"], "--eval-samples 0"),
