@@ -95,8 +95,8 @@ def contents(folder) -> dict:
     "flags, match",
     [
         (["--sample", "5"], "unknown flag --sample; did you mean .*--samples"),
-        (["--samples", "few"], "^error: --samples few: must be a whole number "),
-        (["--learning-rate", "1e"], "^error: --learning-rate 1e: must be a number "),
+        (["--samples", "few"], "^--samples few: must be a whole number "),
+        (["--learning-rate", "1e"], "^--learning-rate 1e: must be a number "),
         (["–samples", "5"], "–samples.*--samples"),
         (["--samples", "0"], "--samples 0"),
         (["--samples", "-3"], "--samples -3"),
