@@ -21,8 +21,8 @@ def hidden_order(names: list[str], about: str) -> list[str]:
 
 def answer_of(number: int) -> str:
     """The bug of a riddle, or HEALTHY."""
-    again = hidden_order(ASKED, "twice")[0] + " again"
-    return hidden_order([*ASKED, HEALTHY, again], "riddle")[number - 1].split()[0]
+    again = hidden_order(ASKED, "again")[0] + " again"
+    return hidden_order([*ASKED, HEALTHY, again], "riddles")[number - 1].split()[0]
 
 
 def known(name: str, names: list[str]) -> str:
