@@ -19,7 +19,7 @@ from transformers import (
 )
 
 PAGE = (ROOT / "docs" / "libraries.md").read_text()
-SCRIPT = re.search(r"^```python\n(.*?)^```", PAGE, re.M | re.S)[1]
+SCRIPT, LATER = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +65,18 @@ def test_the_reloaded_adapter_is_the_trained_one(ran):
         with trained.disable_adapter():
             without = trained(input_ids=ids).logits
     assert (ours - theirs).abs().max() < 0.01 * (ours - without).abs().max()
+
+
+def test_adapters_are_switched_and_merged(ran):
+    names, ids = dict(ran), ran["asked"]["input_ids"]
+    exec(compile(LATER, "docs/libraries.md", "exec"), names)
+    assert set(names["reloaded"].peft_config) == {"default", "second"} and len(names["both"]) == 2
+    saved = AutoModelForCausalLM.from_pretrained(f"{names['OUT']}-merged", dtype=torch.float32).eval()
+    with torch.no_grad(), names["reloaded"].disable_adapter():
+        base = names["reloaded"](input_ids=ids).logits
+    with torch.no_grad():
+        trained, merged = names["reloaded"](input_ids=ids).logits, saved(input_ids=ids).logits
+    assert (merged - trained).norm() < 0.1 * (base - trained).norm()
 
 
 def rows_of(heading: str) -> list[tuple[str, str]]:
