@@ -104,6 +104,11 @@ def logging_into(trainer, out: Path, done: int) -> Iterator[None]:
         yield
         return
     with contextlib.redirect_stdout(sys.stderr):
+        if "trackio" in names:
+            from trackio.sqlite_storage import SQLiteStorage
+
+            # Else its threads, which share a connection, make the tables, and the first rows can be lost.
+            SQLiteStorage.init_db(trainer.args.project)
         try:
             yield
         finally:
