@@ -104,7 +104,7 @@ def memory_comes_back() -> Truth:
         after.append(held())
     text = f"resident: {before:.0f} MB before, {loaded[0]:.0f} with the model, {after[0]:.0f} after del and "
     text += f"gc.collect(); loaded again {loaded[1]:.0f}, {after[1]:.0f}"
-    # The heap keeps some: what libraries hold, and gaps. Models that are not freed would leave twice their size.
+    # The heap keeps some: what libraries hold, and gaps. Two models that stay would leave twice their size.
     size, left = loaded[0] - before, max(after) - before
     return Truth(size > 300 and left < size / 2, text)
 
