@@ -132,7 +132,7 @@ def show(symptoms: dict, number: int, folder: Path) -> None:
     rows = [
         ["right, held-out rows", *(symptoms["right"][who] for who in names)],
         ["loss at their answers", *(symptoms["loss"][who] for who in names)],
-        ["right, 48 new reviews", "", symptoms["new"], "", ""],
+        ["right, new reviews", "", symptoms["new"], "", ""],
     ]
     print(table(["", *names], rows, indent=0), end="\n\n")
     for who, reply in symptoms["replies"].items():

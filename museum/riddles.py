@@ -10,7 +10,7 @@ from qlora.cli import require
 NOT_ASKED = ("fp16-overflow", "eval-repacks", "merged-into-wrong-base")
 HEALTHY = "healthy"
 ASKED = [name for name in TEXTS if name not in NOT_ASKED]
-COUNT = len(ASKED) + 2  # a healthy one and a second of a kind: the last answer can't be had by elimination
+COUNT = len(ASKED) + 2  # a healthy one and a second of a kind: counting does not replace measuring
 TABLE = "docs/museum.md, 'Which measurement tells which bug'"
 
 

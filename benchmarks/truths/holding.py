@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
+import weakref
 from importlib.metadata import entry_points, version
 from unittest.mock import patch
 
@@ -96,17 +97,19 @@ def memory_comes_back() -> Truth:
         return process.memory_info().rss / 1e6
 
     folder, before = locate(BUNDLED)[0], held()
-    loaded, after = [], []
+    loaded, after, freed = [], [], []
     for _ in range(2):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         loaded.append(held())
+        weights = weakref.ref(model.get_input_embeddings().weight)
         del model
         after.append(held())
+        freed.append(weights() is None)
     text = f"resident: {before:.0f} MB before, {loaded[0]:.0f} with the model, {after[0]:.0f} after del and "
     text += f"gc.collect(); loaded again {loaded[1]:.0f}, {after[1]:.0f}"
-    # The heap keeps some: what libraries hold, and gaps. Two models that stay would leave twice their size.
+    # `freed` is exact. The heap keeps some: what libraries hold, and gaps.
     size, left = loaded[0] - before, max(after) - before
-    return Truth(size > 300 and left < size / 2, text)
+    return Truth(all(freed) and size > 300 and left < size / 2, text)
 
 
 @torch.no_grad()
