@@ -29,10 +29,10 @@ SMALL = ("--samples", 30, "--eval-samples", 7, "--max-length", 96, "--precision"
 SMALL += ("--lane", "fp32", "--eval-steps", 3, "--early-stopping", 9)
 
 
-def start(count: int, *flags) -> subprocess.Popen:
+def start(count: int, *flags, job: Path = ROOT / "qlora_finetune.py") -> subprocess.Popen:
     port = 20000 + os.getpid() % 20000
     launch = [*TORCHRUN, count, "--master_port", port] if count > 1 else [sys.executable]
-    command = [*map(str, launch), str(ROOT / "qlora_finetune.py"), *map(str, flags)]
+    command = [*map(str, launch), str(job), *map(str, flags)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     return subprocess.Popen(command, text=True, env=env, cwd=ROOT, **pipes)
