@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train(run) -> None:
     """The whole job, in the order in which it happens."""
     old = initial.read(run.settings)  # the adapter that the run goes on from
-    s, machine = choose_model(initial.with_its_base(run.settings, old))
+    s, machine = choose_model(initial.with_its_base(run.settings, old), run.dtype)
     s = dataclasses.replace(s, run_name=s.run_name or trackers.default_name(s))
     revision = run.revision or initial.revision_of_base(s, old)
     variants.check_variant(s.lora_variant, s.precision)
@@ -176,7 +176,7 @@ def train(run) -> None:
         return
 
     # 3. All flags have proved possible: the folder may change. What can the base do? Then train.
-    run.begin(s)
+    run.begin(s, machine.dtype)
     before = comparison.score_before(run, model, rows, start)
     frozen = guards.check_start(healthy, model, examples, machine.autocast, start)
     arguments, held_out = training_arguments(s, machine), watching.of_run(s, comparison)
@@ -229,15 +229,18 @@ def train(run) -> None:
     note(f'next       python qlora_inference.py{adapter} "Type a review of your own here."')
 
 
-def choose_model(s: TrainSettings):
-    """(settings with the model and precision that `auto` stands for, hardware)"""
+def choose_model(s: TrainSettings, began: str | None = None):
+    """(settings with the model and precision that `auto` stands for, hardware)
+
+    `began`: the dtype in which a run to be resumed computed.
+    """
     precision, config = s.precision, shapes.peek(s.model)
     sizes = shapes.widths(config)
     if precision == "auto" and s.model.lower().endswith(".gguf"):  # its own values
         precision = hardware.precision_of(hardware.detect("nf4", s.device, s.lane, sizes).dtype)
     elif precision == "auto":
         precision = shapes.stored_precision(config)
-    machine = hardware.detect(precision, s.device, s.lane, sizes)
+    machine = hardware.as_it_began(hardware.detect(precision, s.device, s.lane, sizes), began)
     hardware.show(machine)
     processes.meet(machine.device)
     machine = hardware.like_the_first(machine)

@@ -70,6 +70,14 @@ def like_the_first(mine: Hardware) -> Hardware:
     return dataclasses.replace(mine, lane=lane, dtype=dtype, why="as in the first process")
 
 
+def as_it_began(mine: Hardware, dtype: str | None) -> Hardware:
+    """With the dtype in which the run to be resumed began: --lane libraries finds its own in a trial."""
+    began = {str(known): known for known in lanes.DTYPES.values()}.get(f"torch.{dtype}")
+    if mine.lane != "libraries" or began in (None, mine.dtype):
+        return mine
+    return dataclasses.replace(mine, dtype=began, why="as when the run began")
+
+
 def precision_of(dtype: torch.dtype) -> str:
     """torch.bfloat16 -> 'bf16'"""
     return next(name for name, value in PRECISIONS.items() if value == str(dtype).removeprefix("torch."))

@@ -69,24 +69,29 @@ class Run:
         """Whether --resume continues a run that began before --question was a flag."""
         return self.settings.resume and _is_run(self.out) and "question" not in _read(self.out)
 
-    def begin(self, settings) -> None:
+    @property
+    def dtype(self) -> str | None:
+        """In what the run that --resume continues computed ("float32"), if it was written down."""
+        return _read(self.out).get("dtype") if self.settings.resume and _is_run(self.out) else None
+
+    def begin(self, settings, dtype) -> None:
         """The first change to the folder, after model and data proved usable: a typo costs no earlier run.
 
-        `settings` are kept for --resume, with the model and the precision that `auto` stood for. Of several
-        processes the first changes it, the others wait.
+        `settings` are kept for --resume, with the model and the precision that `auto` stood for, and the
+        torch.dtype of its products. Of several processes the first changes it, the others wait.
         """
         if processes.is_first():
-            self._begin(settings)
+            self._begin(settings, dtype)
         processes.wait()
         self.begun = True
 
-    def _begin(self, settings) -> None:
+    def _begin(self, settings, dtype) -> None:
         if self.settings.overwrite:
             for name in WRITTEN:  # but for the settings, which say that the folder is ours
                 (self.out / name).unlink(missing_ok=True)
             for folder in [*self.out.glob("checkpoint-*"), *(self.out / name for name in TRACKED)]:
                 discard(folder)
-        kept = _as_json(settings)
+        kept = _as_json(settings) | {"dtype": str(dtype).removeprefix("torch.")}
         if self.older:  # stays so for the next --resume
             del kept["question"]
         write_record(self.out / SETTINGS, kept)

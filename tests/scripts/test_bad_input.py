@@ -12,6 +12,7 @@ import sys
 import zipfile
 
 import pytest
+import torch
 from conftest import ROOT, SMALL_RUN, here, make_tiny, script
 
 import qlora_finetune
@@ -704,7 +705,7 @@ def test_a_run_killed_while_it_began_leaves_a_free_folder(tmp_path, csv, monkeyp
     settings = TrainSettings(output_dir=out, overwrite=True)
     with run_folder.open_run(settings) as opened:
         monkeypatch.setattr(run_folder, "write_record", lambda *_: None)
-        opened.begin(settings)
+        opened.begin(settings, torch.float32)
     assert saved_settings(out, TrainSettings).lora_r == 4 and not (out / "adapter_config.json").exists()
 
 

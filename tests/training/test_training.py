@@ -11,6 +11,7 @@ import time
 import pytest
 from conftest import ROOT, SMALL_RUN, here, script
 
+from qlora.cpu import lanes
 from qlora.files import SEAL
 from qlora.training import checkpoints as c
 from qlora.training import trainer as t
@@ -82,6 +83,22 @@ def test_a_runs_lane_is_kept_and_another_one_is_told(uninterrupted, tmp_path):
     assert done.returncode == 0 and "--lane fp32 -> bf16: from here on" in done.stderr, done.stderr
     assert "kernels    bf16 products, own decoder" in done.stderr
     assert json.loads((run / "settings.json").read_text())["lane"] == "bf16"
+
+
+def test_a_run_of_the_libraries_is_resumed_in_its_dtype(tiny_folder, tmp_path, monkeypatch):
+    # The trial after the interruption may have another winner: the machine was busy then, or is another one.
+    out, trial = tmp_path / "run", lambda winner: lambda *_: {"fp32": 1.0, "bf16": 1.0} | {winner: 2.0}
+    monkeypatch.setattr(lanes, "trial", trial("bf16"))
+    flags = ("--model", tiny_folder, "--output-dir", out, *SMALL_RUN, "--precision", "nf4")
+    done = here("qlora_finetune.py", *flags, "--lane", "libraries")
+    assert done.returncode == 0 and "dtype      bfloat16: no CUDA device; fp32 1, bf16 2" in done.stderr
+    weights = (out / WEIGHTS).read_bytes()
+    monkeypatch.setattr(lanes, "trial", trial("fp32"))
+    (out / "report.json").unlink()
+    shutil.rmtree(max(out.glob("checkpoint-*"), key=lambda folder: int(folder.name.split("-")[1])))
+    done = here("qlora_finetune.py", "--output-dir", out, "--resume")
+    assert done.returncode == 0 and "dtype      bfloat16: as when the run began" in done.stderr, done.stderr
+    assert (out / WEIGHTS).read_bytes() == weights
 
 
 def test_killed_run_resumes_to_the_same_bytes(uninterrupted, tiny_folder, tmp_path):
