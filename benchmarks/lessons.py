@@ -6,7 +6,9 @@
 
 Cell NAME of lesson 3 writes 3.NAME.txt (what it printed; progress and notes on stderr are left out) and
 3.NAME.png (what it drew). seconds.json has each lesson's seconds, cells.json a fingerprint of each cell: a
-test fails where a cell was changed after its output was kept. Needs requirements-dev.txt.
+test fails where a cell was changed after its output was kept. With --out each output that is not the kept
+one is named: times always differ, other words mean that the page shows what the code no longer does.
+Needs requirements-dev.txt.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import ast
 import base64
 import hashlib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -67,6 +70,27 @@ def keep(cells: list[nbformat.NotebookNode], number: str, folder: Path) -> None:
                 folder.joinpath(f"{number}.{cell.id}.png").write_bytes(base64.b64decode(picture))
 
 
+def compared(made: Path, kept: Path) -> str:
+    """How an output differs from the one that the lesson shows; "" where it does not."""
+    if not made.exists():
+        return "in the lesson, but no longer made"
+    if not kept.exists():
+        return "not in the lesson"
+    if made.read_bytes() == kept.read_bytes():
+        return ""
+    if made.suffix == ".png":
+        return "another picture than in the lesson"
+    words = [re.sub(r"[-+]?[\d.]+(e[-+]?\d+)?", "#", path.read_text()).split() for path in (made, kept)]
+    return f"other {'numbers' if words[0] == words[1] else 'words'} than in the lesson"
+
+
+def show_differences(number: str, folder: Path) -> None:
+    names = {path.name for place in (folder, RESULTS) for path in place.glob(f"{number}.*")}
+    for name in sorted(names):
+        if found := compared(folder / name, RESULTS / name):
+            print(f"  {name}: {found}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("lesson", nargs="*", help="numbers of lessons; none: all of them")
@@ -90,6 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         write_sorted(folder / "seconds.json", {number: seconds})
         write_sorted(folder / "cells.json", {f"{number}.{cell.id}": fingerprint(cell) for cell in cells})
         if given.out:
+            show_differences(number, folder)
             nbformat.write(made, folder / f"{chosen[number].stem}.ipynb")
     return 0
 

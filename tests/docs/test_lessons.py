@@ -76,6 +76,24 @@ def test_every_cell_that_has_an_output_shows_it(name):
         assert f"lessons/{path.name}" in text, f"{path.name} is not shown"
 
 
+@pytest.mark.parametrize(
+    "made, found",
+    [
+        ("loss 0.50\n", ""),
+        ("loss 4.1e-3\n", "other numbers than in the lesson"),
+        ("less 0.50\n", "other words than in the lesson"),
+        (None, "in the lesson, but no longer made"),
+    ],
+)
+def test_an_output_that_is_no_longer_the_lessons_is_named(tmp_path, made, found):
+    kept, new = tmp_path / "kept.txt", tmp_path / "new.txt"
+    kept.write_text("loss 0.50\n")
+    if made:
+        new.write_text(made)
+    assert lessons.compared(new, kept) == found
+    assert lessons.compared(kept, tmp_path / "none.txt") == "not in the lesson"
+
+
 def test_a_cell_is_what_it_was_when_its_output_was_kept():
     kept = json.loads((RESULTS / "cells.json").read_text())
     now = {
