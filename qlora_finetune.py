@@ -176,7 +176,7 @@ def train(run) -> None:
         return
 
     # 3. All flags have proved possible: the folder may change. What can the base do? Then train.
-    run.begin(s, machine.dtype)
+    run.begin(s, machine.dtype, model)
     before = comparison.score_before(run, model, rows, start)
     frozen = guards.check_start(healthy, model, examples, machine.autocast, start)
     arguments, held_out = training_arguments(s, machine), watching.of_run(s, comparison)
@@ -241,7 +241,7 @@ def choose_model(s: TrainSettings, began: str | None = None):
     elif precision == "auto":
         precision = shapes.stored_precision(config)
     machine = hardware.as_it_began(hardware.detect(precision, s.device, s.lane, sizes), began)
-    hardware.show(machine)
+    hardware.show(machine, computes=not s.preview)
     processes.meet(machine.device)
     machine = hardware.like_the_first(machine)
     whole = f"--precision {precision}: its codes are no parameters that could be sharded (FSDP); use DDP"

@@ -44,6 +44,7 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
     require(s.prompt is None or s.prompt.strip() != "", "the prompt is empty")
     require(len(jobs) < 2, f"{' and '.join(jobs)}: one thing at a time")
     require(bool(jobs) or sys.stdin is not None, "no prompt: give one, --prompts FILE, or lines on stdin")
+    require(s.prompts is None or not s.prompts.is_dir(), f"--prompts {s.prompts}: a folder; name a file")
     require(s.prompts is None or s.prompts.is_file(), f"--prompts {s.prompts}: no such file")
     data_file = s.prompts is not None and s.prompts.suffix.lower() in (".csv", ".jsonl", ".parquet")
     require(s.answers is None or s.prompts is not None, "--answers: name the file of --prompts")
@@ -51,6 +52,7 @@ def read_settings(argv: Sequence[str] | None) -> InferSettings:
     require(s.answers is None or one and not s.compare, "--answers: of one --adapter, without --compare")
     require(s.shots is None or s.evaluate and not s.compare, "--shots: with --evaluate, without --compare")
     require(all(0 <= n <= 10_000 for n in s.shots or ()), "--shots: numbers of examples, from 0 to 10,000")
+    require(s.merge or s.merge_base == InferSettings.merge_base, "--merge-base: with --merge")
     require(s.merge is None or one and not alone, "--merge: exactly one --adapter is merged")
     here = Path(s.model if alone else s.adapter[0]).is_dir()
     require(
@@ -105,7 +107,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         merging.check_target(s.output_dir, "--output-dir")
         combining.combine(s)
         return
-    chosen = [adapters.read_adapter(Path(folder)) for folder in s.adapter if folder != "none"]
+    chosen = [
+        adapters.read_adapter(Path(folder), adapters.OR_NONE) for folder in s.adapter if folder != "none"
+    ]
     names = [adapter.name for adapter in chosen]
     require(len(set(names)) == len(names), f"--adapter: two folders have the same name ({', '.join(names)})")
     if s.merge:

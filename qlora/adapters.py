@@ -29,6 +29,7 @@ from qlora.sources import OF_FILES
 
 WEIGHTS, CONFIG, NOTES = "adapter_model.safetensors", "adapter_config.json", "qlora.json"
 AGAIN = "train again or copy it again"
+OR_NONE = ", or --adapter none"  # for those that can do with the base alone
 PATTERN_SECONDS = 120  # for loading an adapter whose target_modules is a regular expression
 
 
@@ -134,15 +135,15 @@ def save_notes(folder: Path, prompt: PromptFormat, base: BaseInfo, dataset: dict
     (folder / NOTES).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path, otherwise: str = "") -> Adapter:
     """Check an adapter folder, or owner/name of the hub, without loading a model.
 
-    Raises UserError (UsageError if it is not there).
+    Raises UserError (UsageError if it is not there, which names what can be done `otherwise`).
     """
     name = f"--adapter {folder}"
     if not folder.exists() and ADAPTER_ID.fullmatch(folder.as_posix()):
         folder = fetch_adapter(folder.as_posix())
-    require(folder.is_dir(), f"{name}: no such folder; train first (qlora_finetune.py), or --adapter none")
+    require(folder.is_dir(), f"{name}: no such folder; train first (qlora_finetune.py){otherwise}")
     if broken := broken_files(folder):
         again = f"python qlora_finetune.py --output-dir {shlex.quote(str(folder))} --resume"
         repair = f"where it was trained, `{again}` writes it again; else copy the folder again"

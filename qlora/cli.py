@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import time
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -48,7 +49,8 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "beta": (lambda n: 0 < n <= 100, "must be above 0 and at most 100"),
     "port": (lambda n: 1 <= n < 1 << 16, "must be from 1 to 65,535"),
     "seed": (lambda n: 0 <= n < 2**32, "must be between 0 and 2**32 - 1"),
-    "temperature": (lambda n: 0 <= n <= 100, "must be from 0 (greedy) to 100"),
+    # logits divided by less leave the range of fp32
+    "temperature": (lambda n: n == 0 or 0.001 <= n <= 100, "must be 0 (greedy), or from 0.001 to 100"),
     "top_p": (lambda n: 0 < n <= 1, "must be above 0 and at most 1"),
     "density": (lambda n: 0 < n <= 1, "must be above 0 and at most 1"),
     "top_k": (lambda n: 0 <= n <= 10**9, "must be 0 (off) or above, at most 1,000,000,000"),
@@ -126,7 +128,7 @@ def parse(kind: type, argv: Sequence[str] | None, text: str | None, default=None
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UsageError(one_line(captured.getvalue())) from None
+        raise UsageError(of_choices(one_line(captured.getvalue()), kind)) from None
     settings = with_named_adapter(settings, default)
     for name, value in vars(settings).items():
         if name in LIMITS and value is not None:
@@ -176,6 +178,16 @@ def with_named_adapter(settings, default):
     return dataclasses.replace(settings, target_modules=targets, lora_r=r)
 
 
+def of_choices(message: str, kind: type) -> str:
+    """With a flag's choices in their order: of one that may be left out tyro names a set, and None in it."""
+    found = re.fullmatch(
+        r"(invalid choice .* for argument '--([\w-]+)'\. Expected one of) \(.*?\)(.*)", message
+    )
+    hint = typing.get_type_hints(kind).get(found[2].replace("-", "_")) if found else None
+    kinds = [each for each in (hint, *typing.get_args(hint)) if typing.get_origin(each) is typing.Literal]
+    return f"{found[1]} {', '.join(map(str, typing.get_args(kinds[0])))}{found[3]}" if kinds else message
+
+
 def one_line(boxed: str) -> str:
     """tyro's framed message as one line.
 
@@ -203,6 +215,11 @@ def about_a_number(message: str) -> str:
 
     "Error parsing --seed: invalid literal for int() with base 10: 'x'" -> '--seed x: must be a whole number'
     """
+    if several := re.fullmatch(
+        r"Error parsing (--[\w-]+): no type matching .*\[INT \[INT.* instantiated from \[(.*?)\]\. .*",
+        message,
+    ):
+        return f"{several[1]} {several[2].replace(',', '')}: must be whole numbers"
     found = re.fullmatch(
         r"Error parsing (--[\w-]+):.*(int\(\) with base 10|to float): ['\"](.*)['\"]", message
     )
@@ -217,12 +234,14 @@ def refuse_unreadable(kind: type, argv: Sequence[str] | None) -> None:
     flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
     for word in sys.argv[1:] if argv is None else argv:
         is_text = not any("\ud800" <= letter <= "\udfff" for letter in word)
-        require(is_text, f"{word!r}: not text in UTF-8; rename the file")
+        fix = "a file: rename it; a terminal: set its locale to UTF-8"
+        require(is_text, f"{word!r}: not text in UTF-8 ({fix})")
         meant = "--" + word.lstrip("–—-").split("=")[0].replace("_", "-")
         if word[:1] in ("–", "—") and meant in flags:
             raise UsageError(f"{word} begins with a long dash; type two short ones: {meant}")
 
 
+CONTINUE = "continue with: "
 SMALLER_STEP = "lower --batch-size or --max-length, add --gradient-checkpointing, or choose a smaller --model"
 
 
@@ -231,13 +250,16 @@ def run(main: Callable[[Sequence[str] | None], None], less_memory: str = SMALLER
 
     `less_memory`: what to do in this script when memory runs out.
     """
-    # SIGTERM as Ctrl-C: temporary files are deleted, a server that was started stops.
+    # As Ctrl-C: temporary files are deleted, a server that was started stops.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    hangup = getattr(signal, "SIGHUP", None)  # a lost connection; not on Windows, and nohup ignores it
+    if hangup and signal.getsignal(hangup) == signal.SIG_DFL:
+        signal.signal(hangup, signal.default_int_handler)
     for name in ("stdout", "stderr"):  # None where they were closed before the start
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that is not in UTF-8 can't show every review
         sys.stdout.reconfigure(errors="backslashreplace")
-    untouched = "what was complete before is untouched; fix this and run again"
+    untouched = "what was complete before is untouched"
     try:
         main(None)
     except UserError as error:
@@ -251,25 +273,36 @@ def run(main: Callable[[Sequence[str] | None], None], less_memory: str = SMALLER
         fail(f"out of memory: {less_memory}", 1)
     except OSError as error:
         what = os.strerror(error.errno) if error.errno in errno.errorcode else first_line(error)
-        fail(f"{what}: {str(error.filename or 'while reading or writing')[:200]}; {untouched}", 1)
+        fail(
+            f"{what}: {str(error.filename or 'while reading or writing')[:200]}; {untouched}; {again(error)}",
+            1,
+        )
     except pickle.UnpicklingError:
         fail("a checkpoint holds a pickle that could run code; delete that folder and run again", 1)
     except Exception as error:  # writers in Rust and C++ raise their own kinds
         text = str(error)
         # safetensors and tokenizers (Rust) quote the system's number.
         if number := re.search(r"\(os error (\d+)\)", text):
-            fail(f"{os.strerror(int(number[1]))}: while reading or writing; {untouched}", 1)
+            fail(f"{os.strerror(int(number[1]))}: while reading or writing; {untouched}; {again(error)}", 1)
         if isinstance(error, UnicodeEncodeError) and "surrogates" in text:
             fail("a name in a path or in the environment is not text in UTF-8; rename it", 1)
         # torch.save (C++) names only its source file or its stream's method.
         if any(
             words in text for words in ("No space left on device", "inline_container.cc", "basic_ios::clear")
         ):
-            fail(f"No space left on device, or a limit reached: while writing; {untouched}", 1)
+            fail(
+                f"No space left on device, or a limit reached: while writing; {untouched}; {again(error)}", 1
+            )
         out_of_memory = "out of memory" in text.lower() or "can't allocate memory" in text
         if isinstance(error, RuntimeError) and out_of_memory:
             fail(f"out of memory: {less_memory}", 1)
         raise
+
+
+def again(error: Exception) -> str:
+    """What its notes say of how to go on (Exception.add_note), or the usual."""
+    ways = [note for note in getattr(error, "__notes__", ()) if note.startswith(CONTINUE)]
+    return f"fix this and {(ways or ['run again'])[-1]}"
 
 
 def fail(message: str, code: int) -> None:

@@ -41,6 +41,7 @@ def kind_of(table: Iterable[str]) -> str:
 def read_file(path: Path, columns: Sequence[str] | None = None) -> dict[str, list]:
     """The usable columns of a file: {"text": [...], "label": [...]}, say; None where a value is missing."""
     name, ending = f"--dataset {path}", path.suffix.lower()
+    require(not os.path.isdir(path), f"{name}: a folder; name a file")
     require(os.path.isfile(path), f"{name}: no such file or bundled dataset ({', '.join(PACKAGED_DATASETS)})")
     require(path.stat().st_size > 0, f"{name}: the file is empty")
     *most, last = READERS
@@ -175,6 +176,7 @@ def usable(
 ) -> dict[str, list]:
     """The columns of the first of FORMATS that is there, and that has all those of `columns`."""
     source = sources(columns or ())
+    require(bool(names), f"--dataset {dataset}: it has no rows")
     found = ", ".join(name if name.isidentifier() else repr(name) for name in names[:20])[:400]
     for target, name in source.items():
         no_such = f"--columns {target}={name}: {dataset} has no such column; it has {found}"

@@ -133,13 +133,14 @@ def environment(hardware: Hardware) -> dict:
     }
 
 
-def show(hardware: Hardware) -> None:
-    """The first lines of a run: on what, in which arithmetic and why, with which libraries."""
+def show(hardware: Hardware, computes: bool = True) -> None:
+    """The first lines of a run: on what, in which arithmetic (if it computes), with which libraries."""
     env = environment(hardware)
     note(f"device     {hardware.name}, {hardware.memory_gib:.0f} GiB")
     if hardware.unused:
         note(f"note       a GPU is not used: {hardware.unused}")
-    note(f"dtype      {env['dtype']}: {hardware.why}")
+    if computes:
+        note(f"dtype      {env['dtype']}: {hardware.why}")
     shown = ("python", "torch", "transformers", "peft", "bitsandbytes")
     note(f"versions   {', '.join(f'{name} {env[name]}' for name in shown)}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from qlora.aliases import ALIASES, ELSEWHERE, JOINED, look_up
-from qlora.cli import UsageError, require
+from qlora.cli import LIMITS, UsageError, require
 
 LARGEST = 1 << 20  # bytes
 MOST_PROBLEMS = 8  # that are told at once
@@ -30,8 +30,9 @@ def read_settings(path: Path, kind: type) -> tuple[dict, list[str]]:
     """
     hints = {name: hint for name, hint in typing.get_type_hints(kind).items() if name != "config"}
     found: dict[str, object] = {}
-    problems, understood, not_needed = [], [], []
-    for key, value, line in entries(path):
+    understood, not_needed = [], []
+    given, problems = entries(path)
+    for key, value, line in given:
         name = key.replace("-", "_")
         if value is None and name not in hints and (name in ALIASES or name in ELSEWHERE):
             continue  # left empty
@@ -57,12 +58,16 @@ def read_settings(path: Path, kind: type) -> tuple[dict, list[str]]:
     return found, not_needed
 
 
-def entries(path: Path) -> list[tuple[str, object, int]]:
-    """(key, value, line) of each line of a YAML file; raises UsageError for what is none."""
+def entries(path: Path) -> tuple[list[tuple[str, object, int]], list[str]]:
+    """((key, value, line) of each line of a YAML file, the keys that stand there twice).
+
+    Raises UsageError for what is none.
+    """
     name = f"--config {path}"
+    require(not path.is_dir(), f"{name}: a folder; name a file")
     require(path.is_file(), f"{name}: no such file; presets are in configs/")
     require(path.stat().st_size <= LARGEST, f"{name}: larger than 1 MB: no file of settings")
-    flat, pairs, lines = "expected lines of `setting: value`", [], {}
+    flat, pairs, lines, twice = "expected lines of `setting: value`", [], {}, []
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8-sig"))
         root = loader.get_single_node()
@@ -71,7 +76,9 @@ def entries(path: Path) -> list[tuple[str, object, int]]:
             require(isinstance(key, yaml.ScalarNode), f"{name}: {flat}")
             line = key.start_mark.line + 1
             first = lines.setdefault(key.value.replace("-", "_"), line)
-            require(first == line, f"{name}: {key.value} stands there twice, in lines {first} and {line}")
+            if first != line:
+                twice.append(f"{key.value} stands there twice, in lines {first} and {line}")
+                continue
             single = isinstance(value, yaml.ScalarNode)
             rows = isinstance(value, yaml.SequenceNode) and all(
                 isinstance(each, yaml.ScalarNode) for each in value.value
@@ -86,7 +93,7 @@ def entries(path: Path) -> list[tuple[str, object, int]]:
         mark, why = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         where = f"line {mark.line + 1}: " if mark else ""
         raise UsageError(f"{name}: {where}no YAML: {str(why).splitlines()[0][:160]}; {flat}") from None
-    return pairs
+    return pairs, twice
 
 
 def checked(hint, setting: tuple[str, object]):
@@ -109,10 +116,13 @@ def checked(hint, setting: tuple[str, object]):
         result = TypeAdapter(hint).validate_python(value)
     except ValidationError as error:
         why = error.errors(include_url=False)[0]["msg"].removeprefix("Input ")
+        why = "should be a path" if Path in kinds else why
         quotes = "; put it into quotes" if isinstance(given, (int, float)) and texts else ""
         raise ValueError(f"{name}: {shown(given)} {why}{quotes}") from None
     if isinstance(value, bool) and not isinstance(result, bool):  # True is 1 in Python
         raise ValueError(f"{name}: {shown(value)} should be a number")
+    if name in LIMITS and result is not None and not LIMITS[name][0](result):
+        raise ValueError(f"{name}: {shown(value)} {LIMITS[name][1]}")
     return result
 
 

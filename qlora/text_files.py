@@ -53,9 +53,17 @@ def json_rows(path: Path) -> Iterator[dict]:
                 row = {**parse_json(line)} if line.strip() else None
             except (ValueError, TypeError, RecursionError) as error:
                 fix = "; a list? rename the file to .json" if line.lstrip().startswith("[") else ""
-                raise ValueError(f"line {number} is no JSON object: {first_line(error)}{fix}") from None
+                why = f": {said(error)}" if not isinstance(error, TypeError) else ""  # a number, say
+                raise ValueError(f"line {number} is no JSON object{why}{fix}") from None
             if row is not None:
                 yield row
+
+
+def said(error: Exception) -> str:
+    """What is wrong with a text of JSON, without a place in it: of one line the column says little."""
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    return error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
 
 
 def read_json(path: Path) -> tuple[list[str], Column]:

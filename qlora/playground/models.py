@@ -31,7 +31,8 @@ def find_adapters(s: PlaygroundSettings) -> list[Adapter]:
     Raises UserError for one that was named and can't be used; others are left out.
     """
     if s.adapter:
-        chosen = [] if s.adapter == ("none",) else [adapters.read_adapter(Path(name)) for name in s.adapter]
+        named = [Path(name) for name in s.adapter if s.adapter != ("none",)]
+        chosen = [adapters.read_adapter(path, adapters.OR_NONE) for path in named]
         names = [adapter.name for adapter in chosen]
         require(len(set(names)) == len(names), f"--adapter: two have the same name ({', '.join(names)})")
         return chosen

@@ -40,7 +40,8 @@ def show(s, rows: list, held_out: list, found) -> None:
     batches += f", {s.grad_accum} to an update" if s.grad_accum > 1 else ""
     filled = example_packs.pack(examples, s.max_length, s.seed) if s.packing else examples
     each = 2 if found.kind == "pairs" else 1  # halves
-    print(f"steps      {steps(len(filled) // each, s):,} ({batches}, --epochs {s.epochs:g})")
+    until = f"--epochs {s.epochs:g}" if s.max_steps < 0 else f"--max-steps {s.max_steps}"
+    print(f"steps      {steps(len(filled) // each, s):,} ({batches}, {until})")
     note("\nnext       the same command without --preview trains")
 
 

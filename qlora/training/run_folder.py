@@ -8,14 +8,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from config import KEEP_CHECKPOINTS
 from qlora import processes
-from qlora.cli import UsageError, UserError, note, require
+from qlora.cli import CONTINUE, UsageError, UserError, note, require
 from qlora.files import (
     PART,
     SEAL,
     as_kind,
     broken_files,
     discard,
+    free_bytes,
     lock_folder,
     read_json,
     read_record,
@@ -35,6 +37,7 @@ WRITTEN = (
     *("special_tokens_map.json", "vocab.json", "merges.txt", "added_tokens.json"),
 )
 TRACKED = ("tensorboard", "trackio", "wandb")  # folders of its trackers, deleted by --overwrite as well
+OTHER_FILES = 20_000_000  # bytes beside the weights: tokenizer, plot, records
 NOT_KEPT = (*NOT_WRITTEN, "output_dir")
 NOT_COMPARED = (*NOT_KEPT, "run_name", "report_to")  # labels: they may change on --resume
 EDITED = "give the settings as flags with --overwrite to start again"
@@ -74,16 +77,29 @@ class Run:
         """In what the run that --resume continues computed ("float32"), if it was written down."""
         return _read(self.out).get("dtype") if self.settings.resume and _is_run(self.out) else None
 
-    def begin(self, settings, dtype) -> None:
+    def begin(self, settings, dtype, model) -> None:
         """The first change to the folder, after model and data proved usable: a typo costs no earlier run.
 
         `settings` are kept for --resume, with the model and the precision that `auto` stood for, and the
-        torch.dtype of its products. Of several processes the first changes it, the others wait.
+        torch.dtype of its products. Of several processes the first changes it, the others wait. UserError
+        where what `model` trains has no room on the disk.
         """
         if processes.is_first():
+            self._require_space(model)
             self._begin(settings, dtype)
         processes.wait()
         self.begun = True
+
+    def _require_space(self, model) -> None:
+        """For the checkpoints that are kept, one that is being written, and the adapter."""
+        adapter = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+        there = len(list(self.out.glob("checkpoint-*")))
+        ahead = max(KEEP_CHECKPOINTS + 1 - there, 1)
+        wanted = (3 * ahead + 1) * adapter + (ahead + 1) * OTHER_FILES  # 3: AdamW's two moments as well
+        free = free_bytes(self.out)
+        if free < wanted:
+            sizes = f"needs {wanted / 1e6:,.0f} MB for checkpoints, {free / 1e6:,.0f} MB are free on its disk"
+            raise UserError(f"--output-dir {self.out}: {sizes}; free some, or choose another folder")
 
     def _begin(self, settings, dtype) -> None:
         if self.settings.overwrite:
@@ -140,6 +156,9 @@ def open_run(settings) -> Iterator[Run]:
     # .lock and a part of settings.json can be all that a killed run had time to write.
     names = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
     others = [name for name in names if name != ".lock" and not name.startswith((PART, f".{SETTINGS}"))]
+    if others and not _is_run(out) and (out / CONFIG).is_file() and (out / ADAPTER[0]).is_file():
+        again = f"begin again: qlora_finetune.py --config {shlex.quote(str(out / CONFIG))} --output-dir NEW"
+        raise UserError(f"{out / SETTINGS} is missing or damaged, so the run can't be continued; {again}")
     if others and not _is_run(out):
         raise UsageError(f"--output-dir {out}: holds other files ({others[0]}, …); choose an empty folder")
     run = Run(settings)
@@ -154,6 +173,10 @@ def open_run(settings) -> Iterator[Run]:
                 raise
             resume = f"stopped; what was measured is kept; continue with: {run.resume_command}"
             raise KeyboardInterrupt(str(stop) or resume) from None
+        except Exception as error:
+            if run.begun:
+                error.add_note(f"{CONTINUE}{run.resume_command}")
+            raise
 
 
 def _check_earlier(settings) -> None:

@@ -59,7 +59,8 @@ def test_a_list_is_replaced_by_the_flag_not_added_to(file):
         ("epochs: yes", "epochs: true should be a number"),
         ("dataset: 2024", "dataset: 2024 should be a valid string; put it into quotes"),
         ("precision: nf5", "precision: nf5 should be 'auto'"),
-        ("samples: 0", "--samples 0: must be from 1"),
+        ("samples: 0", "line 1: samples: 0 must be from 1"),
+        ("output_dir: 5", "line 1: output_dir: 5 should be a path"),
         ("seed: 1\nsamples: 5\nseed: 2", "seed stands there twice, in lines 1 and 3"),
         ("lora-r: 1\nlora_r: 2", "stands there twice"),
         ("lora_rank: 4\nr: 8", "line 2: r: lora_r is 4 already"),
@@ -87,13 +88,16 @@ def test_what_is_wrong_with_a_file_is_one_line(file, text, line):
 
 
 def test_everything_that_is_wrong_is_told_at_once(file):
-    with pytest.raises(UsageError, match="samples: a .*; line 2: seed: b .*; line 4: no_flag"):
-        train("--config", file("samples: a\nseed: b\nepochs: 2\nno_flag: 1\n"))
+    with pytest.raises(UsageError, match="samples: a .*; line 2: seed: b .*; line 4: no_flag") as caught:
+        train("--config", file("samples: a\nseed: b\nepochs: 2\nno_flag: 1\nseed: 2\n"))
+    assert "seed stands there twice, in lines 2 and 5" in str(caught.value)
 
 
-@pytest.mark.parametrize("path", ["gone.yaml", "."])
-def test_no_file(path):
-    with pytest.raises(UsageError, match="no such file; presets are in configs/"):
+@pytest.mark.parametrize(
+    "path, said", [("gone.yaml", "no such file; presets are in configs/"), (".", "a folder; name a file")]
+)
+def test_no_file(path, said):
+    with pytest.raises(UsageError, match=said):
         train("--config", path)
 
 

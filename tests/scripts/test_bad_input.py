@@ -6,10 +6,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +99,8 @@ def contents(folder) -> dict:
     [
         (["--sample", "5"], "unknown flag --sample; did you mean .*--samples"),
         (["--samples", "few"], "^--samples few: must be a whole number "),
+        (["--qat", "Q5"], "'Q5' for argument '--qat'. Expected one of Q4_0, Q8_0, int4, fp8 "),
+        (["--lane", "x"], "'x' for argument '--lane'. Expected one of auto, fp32, bf16, fp16, libraries "),
         (["--learning-rate", "1e"], "^--learning-rate 1e: must be a number "),
         (["–samples", "5"], "–samples.*--samples"),
         (["--samples", "0"], "--samples 0"),
@@ -127,6 +131,10 @@ def test_flags_of_training(tmp_path, flags, match):
     "flags, match",
     [
         (["--temperature", "-1", "x"], "--temperature -1"),
+        (["--temperature", "1e-40", "x"], "--temperature 1e-40: must be 0 .greedy., or from 0.001 to 100"),
+        (["--evaluate", "--shots", "x"], "^--shots 'x': must be whole numbers "),
+        (["--merge-base", "original", "x"], "--merge-base: with --merge"),
+        (["--prompts", "."], "--prompts .: a folder; name a file"),
         (["--top-p", "0", "x"], "--top-p 0"),
         (["–compare", "x"], "–compare.*--compare"),
         ([""], "prompt is empty"),
@@ -246,7 +254,7 @@ def test_an_error_is_one_line_whatever_it_quotes(capsys):
         # JSON
         ("rows.jsonl", b'{"text": "a"}\n{"text": "b', "line 2 is no JSON object: Unterminated string"),
         ("rows.jsonl", b'[{"text": "a"}]\n', "line 1 is no JSON object"),
-        ("rows.jsonl", b"[" * 10_000_000, "line 1 is no JSON object: maximum recursion depth"),
+        ("rows.jsonl", b"[" * 10_000_000, "line 1 is no JSON object: nested too deep"),
         ("rows.jsonl", b'{"text": "a", "label": 1' + b"0" * 5000 + b"}\n", "line 1 is no JSON object"),
         ("rows.jsonl", b'{"text": ["a"]}\n{"text": null}\n', "no row can be trained on: a list as text .1"),
         ("rows.jsonl", b'{"text": "a", "label": -1}\n{"text": "b", "label": 1}\n', "label 1 .-1 means none"),
@@ -705,7 +713,7 @@ def test_a_run_killed_while_it_began_leaves_a_free_folder(tmp_path, csv, monkeyp
     settings = TrainSettings(output_dir=out, overwrite=True)
     with run_folder.open_run(settings) as opened:
         monkeypatch.setattr(run_folder, "write_record", lambda *_: None)
-        opened.begin(settings, torch.float32)
+        opened.begin(settings, torch.float32, torch.nn.Linear(2, 2))
     assert saved_settings(out, TrainSettings).lora_r == 4 and not (out / "adapter_config.json").exists()
 
 
@@ -758,13 +766,15 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, tiny_folder, csv, m
     monkeypatch.setattr(trainer, "publish", full)
     with pytest.raises(SystemExit, match="1"):
         run(lambda _: qlora_finetune.main([str(f) for f in small_run(tiny_folder, csv, out)]))
-    assert "error: No space left on device" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "error: No space left on device" in said and f"{out} --resume\n" in said.split("continue with:")[1]
     assert not list(out.glob(f"{PART}*"))
     assert trainer.last_complete(out).name == "checkpoint-2"
 
 
-def test_a_really_full_disk(tmp_path, tiny_folder, csv, trained):
+def test_a_really_full_disk(tmp_path, tiny_folder, csv, trained, monkeypatch):
     """A disk with room for one checkpoint and half of another."""
+    from qlora.training import run_folder
     from qlora.training.trainer import last_complete
 
     one = sum(p.stat().st_size for p in (trained / "checkpoint-2").iterdir())
@@ -779,7 +789,12 @@ def test_a_really_full_disk(tmp_path, tiny_folder, csv, trained):
     ):
         pytest.skip("mounting a small disk is not permitted here")
     try:
-        done = script("qlora_finetune.py", *small_run(tiny_folder, csv, disk / "out"))
+        flags = small_run(tiny_folder, csv, disk / "out")
+        said = one_error(here("qlora_finetune.py", *flags), 1)
+        assert re.search(r"--output-dir \S+: needs \d+ MB for checkpoints, \d+ MB are free on its disk", said)
+        assert [path.name for path in (disk / "out").iterdir()] == [".lock"]
+        monkeypatch.setattr(run_folder, "free_bytes", lambda _: 1 << 40)  # another program fills it meanwhile
+        done = here("qlora_finetune.py", *flags)
         assert "No space left" in one_error(done, 1)
         assert last_complete(disk / "out").name == "checkpoint-2"
         assert not list((disk / "out").glob(f"{PART}*"))
@@ -820,3 +835,38 @@ def test_out_of_memory_names_what_helps_in_this_script(error, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(main, "do this")
     assert stopped.value.code == 1 and capsys.readouterr().err == "error: out of memory: do this\n"
+
+
+def test_a_run_without_its_settings_is_called_a_run(trained, tmp_path):
+    out = shutil.copytree(trained, tmp_path / "run")
+    for damage in (lambda path: path.write_text(""), Path.unlink):
+        damage(out / "settings.json")
+        train(
+            "--output-dir", out, "--resume", code=1, match="settings.json is missing or damaged.*config.yaml"
+        )
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("rows.json", "[]", "it has no rows"),
+        ("rows.jsonl", "\n\n", "it has no rows"),
+        (
+            "rows.jsonl",
+            '{"text": "a", "label": 1}\n{"text" "b"}\n',
+            "line 2 is no JSON object: Expecting ':' delim",
+        ),
+        ("rows.jsonl", "123\n", "line 1 is no JSON object.$"),
+    ],
+)
+def test_rows_that_are_none(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    train("--dataset", tmp_path / name, match=f"{name}: .*{said}")
+
+
+def test_a_lost_connection_ends_a_run_as_ctrl_c_does_and_nohup_is_obeyed(tmp_path):
+    code = "import os, signal, time; from qlora.cli import run\n"
+    code += "def main(_):\n    os.kill(os.getpid(), signal.SIGHUP)\n    time.sleep(0.5)\nrun(main)"
+    for prefix, ends in (([], 130), (["nohup"], 0)):
+        done = subprocess.run([*prefix, sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+        assert done.returncode == ends, done.stderr
