@@ -297,7 +297,9 @@ def test_trackers_are_read_back_also_after_a_resume(tiny_folder, tmp_path, monke
         report(out)["name"] == "mine"
         and json.loads((out / "settings.json").read_text())["run_name"] == "mine"
     )
-    run_folder.Run(TrainSettings(output_dir=out, overwrite=True))._begin(TrainSettings(output_dir=out))
+    run_folder.Run(TrainSettings(output_dir=out, overwrite=True))._begin(
+        TrainSettings(output_dir=out), "float32"
+    )
     assert not (out / "tensorboard").exists() and not (out / "trackio").exists()
 
 
