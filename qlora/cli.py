@@ -49,7 +49,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "beta": (lambda n: 0 < n <= 100, "must be above 0 and at most 100"),
     "port": (lambda n: 1 <= n < 1 << 16, "must be from 1 to 65,535"),
     "seed": (lambda n: 0 <= n < 2**32, "must be between 0 and 2**32 - 1"),
-    # logits divided by less leave the range of fp32
+    # far smaller ones make logits / temperature infinite
     "temperature": (lambda n: n == 0 or 0.001 <= n <= 100, "must be 0 (greedy), or from 0.001 to 100"),
     "top_p": (lambda n: 0 < n <= 1, "must be above 0 and at most 1"),
     "density": (lambda n: 0 < n <= 1, "must be above 0 and at most 1"),
@@ -259,7 +259,6 @@ def run(main: Callable[[Sequence[str] | None], None], less_memory: str = SMALLER
         setattr(sys, name, getattr(sys, name) or open(os.devnull, "w"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that is not in UTF-8 can't show every review
         sys.stdout.reconfigure(errors="backslashreplace")
-    untouched = "what was complete before is untouched"
     try:
         main(None)
     except UserError as error:
@@ -273,36 +272,31 @@ def run(main: Callable[[Sequence[str] | None], None], less_memory: str = SMALLER
         fail(f"out of memory: {less_memory}", 1)
     except OSError as error:
         what = os.strerror(error.errno) if error.errno in errno.errorcode else first_line(error)
-        fail(
-            f"{what}: {str(error.filename or 'while reading or writing')[:200]}; {untouched}; {again(error)}",
-            1,
-        )
+        fail(f"{what}: {str(error.filename or 'while reading or writing')[:200]}; {untouched(error)}", 1)
     except pickle.UnpicklingError:
         fail("a checkpoint holds a pickle that could run code; delete that folder and run again", 1)
     except Exception as error:  # writers in Rust and C++ raise their own kinds
         text = str(error)
         # safetensors and tokenizers (Rust) quote the system's number.
         if number := re.search(r"\(os error (\d+)\)", text):
-            fail(f"{os.strerror(int(number[1]))}: while reading or writing; {untouched}; {again(error)}", 1)
+            fail(f"{os.strerror(int(number[1]))}: while reading or writing; {untouched(error)}", 1)
         if isinstance(error, UnicodeEncodeError) and "surrogates" in text:
             fail("a name in a path or in the environment is not text in UTF-8; rename it", 1)
         # torch.save (C++) names only its source file or its stream's method.
         if any(
             words in text for words in ("No space left on device", "inline_container.cc", "basic_ios::clear")
         ):
-            fail(
-                f"No space left on device, or a limit reached: while writing; {untouched}; {again(error)}", 1
-            )
+            fail(f"No space left on device, or a limit reached: while writing; {untouched(error)}", 1)
         out_of_memory = "out of memory" in text.lower() or "can't allocate memory" in text
         if isinstance(error, RuntimeError) and out_of_memory:
             fail(f"out of memory: {less_memory}", 1)
         raise
 
 
-def again(error: Exception) -> str:
-    """What its notes say of how to go on (Exception.add_note), or the usual."""
+def untouched(error: Exception) -> str:
+    """What is left, and how to go on: as the error's notes say (Exception.add_note), or the usual."""
     ways = [note for note in getattr(error, "__notes__", ()) if note.startswith(CONTINUE)]
-    return f"fix this and {(ways or ['run again'])[-1]}"
+    return f"what was complete before is untouched; fix this and {(ways or ['run again'])[-1]}"
 
 
 def fail(message: str, code: int) -> None:

@@ -123,7 +123,7 @@ def test_a_trained_adapter_is_measured_by_the_ledger(tmp_path, trained):
         (["--batch-size", "0"], "from 1 to"),
         (["--plan", "--model", "no/where.json"], "config"),
         (["--target-modules", "wq", "--ledger"], "down_proj"),
-        (["--ledger", "--adapter", "nowhere"], "no such folder"),
+        (["--ledger", "--adapter", "nowhere"], "no such folder; train first .qlora_finetune.py.$"),
         (["--plan", "--adapter", "nowhere"], "only --ledger reads it"),
     ],
 )

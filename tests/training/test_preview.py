@@ -30,6 +30,7 @@ def reviews_of(tmp_path, name: str, start: int, count: int, words: int = 3) -> s
 def shown(*flags) -> str:
     done = here("qlora_finetune.py", "--preview", *flags, *SMALL)
     assert done.returncode == 0, done.stderr
+    assert "\ndtype " not in done.stderr, "it computes nothing"
     return done.stdout
 
 
